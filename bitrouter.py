@@ -63,7 +63,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -350,8 +350,9 @@ class Document:
 
     def text(self) -> bytes:
         """The document with its edits, in UTF-8."""
-        if not self._edits:
-            return self._text.encode()
+        if len(self._edits) == 1:
+            start, end, new = self._edits[0]
+            return f"{self._text[:start]}{new}{self._text[end:]}".encode()
         pieces, at = [], 0
         for start, end, new in sorted(self._edits):
             pieces += [self._text[at:start], new]
@@ -434,6 +435,8 @@ def compact(value: Json) -> bytes:
 
 def printable(text: str, limit: int = 200) -> str:
     """Text of unknown origin, fit for a header or a log line: visible ASCII, bounded."""
+    if len(text) <= limit and text.isascii() and text.isprintable():
+        return text
     shown = text[:limit].encode("ascii", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f]", " ", shown)
 
@@ -481,6 +484,7 @@ _REQUEST_HEAD = re.compile(rb"[A-Z]{1,20} [!-~]+ HTTP/1\.[01]\r\n" + _FIELDS)
 _RESPONSE_HEAD = re.compile(rb"HTTP/1\.[01] [1-9]\d\d(?: [^\r\n]*+)?\r\n" + _FIELDS)
 _REQUEST_LINE = re.compile(rb"[A-Z]{1,20} [!-~]+ HTTP/1\.[01]")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
+_WHOLE_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 _LENGTH = re.compile(r"\d{1,15}")
 
 # A message with two of these is malformed; two of anything else are a list (RFC 9110, 5.3).
@@ -636,7 +640,8 @@ class BodyDecoder:
     def _feed_chunked(self, data: bytes) -> bytes:
         if self._line:
             data, self._line = self._line + data, b""
-        out, at, size = [], 0, len(data)
+        out: list[bytes] = []
+        at, size = self._whole_chunks(data, out), len(data)
         while at < size and not self.done:
             if self._left > 2:
                 piece = data[at : at + self._left - 2]
@@ -658,6 +663,20 @@ class BodyDecoder:
         if self.done:
             self.rest = data[at:]
         return out[0] if len(out) == 1 else b"".join(out)
+
+    def _whole_chunks(self, data: bytes, out: list[bytes]) -> int:
+        """Take the chunks that are all there: in a busy stream these are hundreds a read."""
+        at = 0
+        if self._left or self._trailer >= 0:
+            return at
+        while found := _WHOLE_CHUNK.match(data, at):
+            start = found.end()
+            end = start + int(found[1], 16)
+            if end == start or data[end : end + 2] != b"\r\n":
+                break
+            out.append(data[start:end])
+            at = end + 2
+        return at
 
     def _chunk_end(self, data: bytes, at: int) -> int:
         end = data[at : at + self._left]
@@ -1958,24 +1977,38 @@ class StreamRelay:
                 self._look(raw)
 
     def _take(self, block: bytes) -> bytes:
-        if self.state.ended or self._failed():
+        if self.open:
+            return self._sift(block) + (self._array_end() if self._failed() else b"")
+        at = 0
+        for raw in split_events(block):
+            at += len(raw)
+            out = self._pass(raw)
+            self._held.append(out)
+            self._held_bytes += len(out)
+            if self.state.started or self._held_bytes > _MAX_HELD_BYTES:
+                self.open = True
+                break
+        if not self.open:
             return b""
+        opening = b"".join(self._held)
+        self._held.clear()
+        return opening + (self._take(block[at:]) if at < len(block) else b"")
+
+    def _sift(self, block: bytes) -> bytes:
+        """Pass a block on, looking only into those events of it that are of note."""
         codec = self._codec
-        if self.open and not self._as_array and codec.dull(block) and codec.strict(block):
+        if not self._as_array and codec.dull(block) and codec.strict(block):
+            if self.state.ended or self._failed():
+                return b""
             self._last = block
             return self._without_null_usage(block) if self._hide_usage else block
-        self._last = b""
-        out = b"".join([self._pass(raw) for raw in split_events(block)])
-        if self.open:
-            return out + self._array_end() if self._failed() else out
-        self._held.append(out)
-        self._held_bytes += len(out)
-        if not self.state.started and self._held_bytes < _MAX_HELD_BYTES:
-            return b""
-        self.open = True
-        out = b"".join(self._held)
-        self._held.clear()
-        return out
+        middle = block.find(b"\n\n", len(block) // 2) + 2
+        if middle < 2 or middle >= len(block):
+            middle = block.find(b"\n\n") + 2
+        if middle < 2 or middle >= len(block):
+            self._last = b""
+            return b"".join([self._pass(raw) for raw in split_events(block)])
+        return self._sift(block[:middle]) + self._sift(block[middle:])
 
     def _failed(self) -> bool:
         return self.state.error is not None
@@ -2002,7 +2035,7 @@ class StreamRelay:
             self.state.ended = True
             return event, None
         try:
-            value = json.loads(event.data)
+            value = json.loads(event.data.decode())
         except (ValueError, RecursionError):
             shown = printable(event.data[:200].decode("utf-8", "replace"))
             said = "the provider sent an event that is not JSON"
@@ -2572,6 +2605,8 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
     """
     price = next((t for above, t in reversed(price.tiers) if usage.input_tokens > above), price)
     plain = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
+    if price.input is None:
+        return None
     charged = (
         (plain, price.input),
         (usage.cached_tokens, price.cache_read),
@@ -3343,11 +3378,11 @@ class Router:
     def __init__(self, config: Config, active: Mapping[str, ActiveProvider]) -> None:
         self.config = config
         self.active = dict(active)
-        self._remembered: dict[tuple[str, Operation], Route | BitrouterError] = {}
+        self._remembered: dict[tuple[str, str], Route | BitrouterError] = {}
 
     def resolve(self, model: str, op: Operation) -> Route:
         """Raises NotFound, KeyMissing or ProtocolUnsupported, each with what would work."""
-        asked = (model, op)
+        asked = (model, op.name)
         route = self._remembered.get(asked)
         if route is None:
             if len(self._remembered) >= _MAX_REMEMBERED:
@@ -3834,8 +3869,13 @@ class LogWriter(logging.Handler):
         """Write one line. Facts that are None are left out."""
         stamp = self._now()
         if self._as_json:
-            told = {k: v for k, v in facts.items() if v is not None}
-            line = json.dumps({"ts": stamp, "level": level, "event": name, **told}, default=str)
+            shown = _JSON_TEXT
+            pairs = [
+                f', "{k}": {shown.get(type(v), json.dumps)(v)}'
+                for k, v in facts.items()
+                if v is not None
+            ]
+            line = f'{{"ts": "{stamp}", "level": "{level}", "event": "{name}"{"".join(pairs)}}}'
         else:
             pairs = [f" {k}={_logfmt(v)}" for k, v in facts.items() if v is not None]
             line = f"{stamp} {level} {name}{''.join(pairs)}"
@@ -3874,6 +3914,13 @@ class LogWriter(logging.Handler):
             self._second = millis // 1000
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
         return f"{self._stamp}.{millis % 1000:03}Z"
+
+
+_JSON_TEXT: dict[type, Callable[[Any], str]] = {
+    str: json.encoder.encode_basestring_ascii,
+    int: repr,
+    float: repr,
+}
 
 
 def _logfmt(value: Any) -> str:
@@ -4012,6 +4059,9 @@ class Connection(asyncio.Protocol):
                 self._received(data)
         except UpstreamError as error:
             self._fail(error)
+        except Exception as bug:  # whoever waits for this answer must not wait for ever
+            log.exception("answer_not_understood host=%s", self.origin.host)
+            self._fail(UpstreamError("bitrouter failed to read the answer", detail=repr(bug)))
 
     def eof_received(self) -> bool:
         return False  # the transport closes, and connection_lost sorts it out
@@ -4169,7 +4219,11 @@ class Connection(asyncio.Protocol):
             self._pool.give_back(self)
         else:
             self.abort()
-        sink.on_end()
+        try:
+            sink.on_end()
+        except Exception as bug:
+            log.exception("answer_not_understood host=%s", self.origin.host)
+            sink.on_fail(UpstreamError("bitrouter failed to read the answer", detail=repr(bug)))
 
     def _fail(self, error: UpstreamError) -> None:
         sink, self._sink = self._sink, None
@@ -4296,6 +4350,7 @@ class Pool:
                 connection.reused = True
                 connection.deadline = NEVER
                 return connection
+        await asyncio.sleep(0)  # see start_now
         limit = asyncio.timeout(connect_s)
         try:
             async with limit, self._dial_slot(origin):
@@ -4430,11 +4485,17 @@ def _read_proxy(url: str) -> _Proxy:
 
 
 class Collector:
-    """A sink that gathers a whole answer. `done` becomes (head, body), or an UpstreamError."""
+    """A sink that gathers a whole answer and hands it to `use`.
 
-    def __init__(self, limit: int = 256 * 1024 * 1024) -> None:
-        self.done: asyncio.Future[tuple[ResponseHead, bytes]]
-        self.done = asyncio.get_running_loop().create_future()
+    `done` gets no value once `use` has had its way; an UpstreamError if it raised one, or if the
+    answer never came.
+    """
+
+    def __init__(
+        self, use: Callable[[ResponseHead, bytes], None], limit: int = 256 * 1024 * 1024
+    ) -> None:
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._use = use
         self._limit = limit
         self._head: ResponseHead | None = None
         self._pieces: list[bytes] = []
@@ -4449,9 +4510,15 @@ class Collector:
         self._pieces.append(data)
 
     def on_end(self) -> None:
-        if not self.done.done() and self._head:
-            body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-            self.done.set_result((self._head, body))
+        if self.done.done() or self._head is None:
+            return
+        body = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        try:
+            self._use(self._head, body)
+        except UpstreamError as error:
+            self.on_fail(error)
+        else:
+            self.done.set_result(None)
 
     def on_fail(self, error: UpstreamError) -> None:
         if not self.done.done():
@@ -4525,12 +4592,56 @@ class App:
         self.pool.close()
 
     def new_id(self) -> str:
+        """96 random bits: for people to tell requests apart, not for secrets."""
         return f"{self.random.getrandbits(96):024x}"
 
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             log.error("background_task_failed error=%r", error, exc_info=error)
+
+
+def start_now(work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+    """Run a coroutine up to its first wait at once, and the rest of it as a task.
+
+    A task's first step would wait for another turn of the loop, which is a third of what we add
+    to a request. (From Python 3.12 on, tasks can be eager; this does the same on 3.11.) In that
+    first part there is no current task yet: `asyncio.timeout` needs a wait before it.
+
+    Returns:
+        the task, for the caller to keep; None if all is done already.
+    """
+    try:
+        waiting_for = work.send(None)
+    except StopIteration:
+        return None
+    return asyncio.get_running_loop().create_task(_the_rest(_Resumed(work, waiting_for)))
+
+
+async def _the_rest(resumed: _Resumed) -> None:
+    await resumed
+
+
+class _Resumed:
+    """Goes on with a coroutine that waits for something already."""
+
+    def __init__(self, work: Coroutine[Any, Any, None], waiting_for: Any) -> None:
+        self._work = work
+        self._waiting_for = waiting_for
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        step = self._waiting_for
+        while True:
+            try:
+                value = yield step
+            except BaseException as error:  # noqa: BLE001  a cancellation: it is not ours
+                resume = functools.partial(self._work.throw, error)
+            else:
+                resume = functools.partial(self._work.send, value)
+            try:
+                step = resume()
+            except StopIteration:
+                return
 
 
 def caller_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str]:
@@ -4682,10 +4793,11 @@ class CallerConnection(asyncio.Protocol):
         self._refuse = refuse
         self._opened = opened
         self._transport: asyncio.Transport | None = None
-        self._inbox = bytearray()
+        self._inbox = b""
         self._head: RequestHead | None = None
         self._decoder: BodyDecoder | None = None
-        self._body = bytearray()
+        self._body: bytes | bytearray = b""
+        self._advancing = False
         self.task: asyncio.Task[None] | None = None
         self._reply: Reply | None = None
         self._silent_since = 0.0
@@ -4702,7 +4814,7 @@ class CallerConnection(asyncio.Protocol):
         self.deadline = self.app.sweeper.now + _KEEP_ALIVE_S
 
     def data_received(self, data: bytes) -> None:
-        self._inbox += data
+        self._inbox = self._inbox + data if self._inbox else data
         if self.task is None:
             self._advance()
         elif len(self._inbox) > _MAX_AHEAD_BYTES and self._reading and self._transport:
@@ -4780,57 +4892,73 @@ class CallerConnection(asyncio.Protocol):
     # A request, as it comes.
 
     def _advance(self) -> None:
+        """Serve requests for as long as there is one, whole, and none is being served."""
+        if self._advancing:
+            return
+        self._advancing = True
         try:
-            if self._head is None:
-                self._take_head()
-            if self._head is not None and self.task is None:
-                self._take_body(self._head)
+            while self.task is None and self._transport and self._one_request():
+                pass
         except BitrouterError as error:
             self._reject(error)
+        finally:
+            self._advancing = False
 
-    def _take_head(self) -> None:
+    def _one_request(self) -> bool:
+        head = self._head or self._take_head()
+        if head is None or not self._take_body():
+            return False
+        body = self._unpacked(head, bytes(self._body))
+        self._head, self._decoder, self._body = None, None, b""
+        self._serve(head, body)
+        return True
+
+    def _take_head(self) -> RequestHead | None:
         inbox = self._inbox
         while inbox.startswith(b"\r\n"):  # RFC 9112, 2.2: from clients that end bodies with one
-            del inbox[:2]
+            inbox = self._inbox = inbox[2:]
         if not inbox:
             self.deadline = self.app.sweeper.now + _KEEP_ALIVE_S
-            return
+            return None
         end = inbox.find(b"\r\n\r\n") + 4
         if end < 4 or end > MAX_HEAD_BYTES:
             if len(inbox) > MAX_HEAD_BYTES:
                 raise HeadTooLarge(f"the request's head exceeds {MAX_HEAD_BYTES // 1024} KB")
             if re.search(rb"(?<!\r)\n", inbox):
                 raise BadRequest("lines of a head end in CR LF", code="malformed_http")
-            if self.deadline > (at := self.app.sweeper.now + _HEAD_S):
-                self.deadline = at
-            return
-        head = parse_request_head(bytes(inbox[:end]))
-        del inbox[:end]
+            self.deadline = min(self.deadline, self.app.sweeper.now + _HEAD_S)
+            return None
+        head = parse_request_head(inbox[:end])
+        self._inbox = inbox[end:]
         framing = request_framing(head)
         limit = self._max_body()
         if framing > limit:
             raise TooLarge(f"the body has {framing} bytes, at most {limit} are accepted")
         self._head, self._decoder = head, BodyDecoder(framing)
-        expect = head.headers.get("expect", "").lower()
-        if expect == "100-continue" and not inbox and framing and self._transport:
+        expect = head.headers.get("expect")
+        if expect and not self._inbox and framing and self._transport:
+            if expect.lower() != "100-continue":
+                raise BadRequest(f"expect: {printable(expect, 40)!r} is not known")
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return head
 
-    def _take_body(self, head: RequestHead) -> None:
+    def _take_body(self) -> bool:
+        """Whether the body is all there."""
         decoder = self._decoder
-        assert decoder is not None  # noqa: S101  set together with the head
-        if not decoder.done:
-            data = bytes(self._inbox)
-            self._inbox.clear()
-            self._body += decoder.feed(data)
-            if len(self._body) > self._max_body():
-                raise TooLarge(f"the body exceeds {self._max_body()} bytes")
-            self._inbox += decoder.rest
+        if decoder is None or not decoder.framing:
+            return True
+        piece, self._inbox = decoder.feed(self._inbox), b""
+        if not self._body and decoder.done:
+            self._body = piece
+        else:
+            self._body = self._body if isinstance(self._body, bytearray) else bytearray()
+            self._body += piece
+        if len(self._body) > self._max_body():
+            raise TooLarge(f"the body exceeds {self._max_body()} bytes")
+        self._inbox = decoder.rest
         if not decoder.done:
             self.deadline = self.app.sweeper.now + _BODY_S
-            return
-        body = self._unpacked(head, bytes(self._body))
-        self._head, self._decoder, self._body = None, None, bytearray()
-        self._serve(head, body)
+        return decoder.done
 
     def _unpacked(self, head: RequestHead, body: bytes) -> bytes:
         coding = head.headers.get("content-encoding", "identity").lower()
@@ -4851,7 +4979,8 @@ class CallerConnection(asyncio.Protocol):
         request = HttpRequest(head, path, query, body)
         self._reply = Reply(self, head)
         self.deadline = self.app.sweeper.now + self.app.keepalive_s
-        self.task = self.app.spawn(self._run(request, self._reply))
+        # Not App.spawn: we keep the task ourselves, and _run lets no exception out.
+        self.task = start_now(self._run(request, self._reply))
 
     async def _run(self, request: HttpRequest, reply: Reply) -> None:
         try:
@@ -4880,14 +5009,14 @@ class CallerConnection(asyncio.Protocol):
         if not self.slow:
             self.deadline = self.app.sweeper.now + _KEEP_ALIVE_S
         if self._inbox:
-            self._advance()
+            self._advance()  # unless it is _advance that brought us here
 
     def _reject(self, error: BitrouterError) -> None:
         """Answer a request that is not one, and close: what follows cannot be understood."""
         head = self._head or RequestHead("GET", "/", {}, False, 1)
         request = HttpRequest(head, head.target.partition("?")[0], "", b"")
         reply = Reply(self, head._replace(keep_alive=False))
-        self._inbox.clear()
+        self._inbox = b""
         self._refuse(self.app, request if self._head else None, reply, error)
         self._head = None
         if self._transport:
@@ -4968,17 +5097,19 @@ class Call:
     attempts: int = 0
     first_at: float | None = None
     usage: Usage | None = None
+    cost_usd: float | None = None
     broke: BitrouterError | None = None
 
     @property
     def codec(self) -> Codec:
         return CODECS[self.op.protocol]
 
-    def cost_usd(self) -> float | None:
-        if self.usage is None or self.target is None:
-            return None
-        cost = cost_nanousd(self.usage, self.target.price)
-        return None if cost is None else cost / 1e9
+    def book(self, usage: Usage | None) -> None:
+        """Note what was used, and what it cost if that is known."""
+        self.usage = usage
+        if usage is not None and self.target is not None:
+            cost = cost_nanousd(usage, self.target.price)
+            self.cost_usd = None if cost is None else cost / 1e9
 
 
 async def attempt_chain(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]) -> None:
@@ -5099,11 +5230,9 @@ async def _exchange(app: App, call: Call, reply: Reply, target: Target) -> None:
     origin, path = origin_of(target.base)
     request = build_request(app, call, target, path)
     try:
-        sink = await _send(app, call, reply, target, origin, request)
+        await _send(app, call, reply, target, origin, request)
     except StaleConnection:  # no byte had come back, so nobody has seen the request
-        sink = await _send(app, call, reply, target, origin, request, fresh=True)
-    if isinstance(sink, Collector):
-        _answer(call, reply, target, *sink.done.result())
+        await _send(app, call, reply, target, origin, request, fresh=True)
 
 
 async def _send(
@@ -5115,7 +5244,7 @@ async def _send(
     request: bytes,
     *,
     fresh: bool = False,
-) -> Collector | _StreamSink | _RawSink:
+) -> None:
     """Send a request, and wait until its sink has had all of the answer."""
     connection = await app.pool.lend(origin, target.timeouts.connect_s, fresh=fresh)
     sink = _sink_for(app, call, reply, target, connection)
@@ -5128,7 +5257,6 @@ async def _send(
     except BaseException:
         connection.abort()
         raise
-    return sink
 
 
 def _set_deadlines(connection: Connection, call: Call, timeouts: Timeouts) -> None:
@@ -5149,7 +5277,7 @@ def _sink_for(
         return _RawSink(call, reply, target, connection)
     if call.stream:
         return _StreamSink(app, call, reply, target, connection)
-    return Collector()
+    return Collector(functools.partial(_answer, call, reply, target))
 
 
 def build_request(app: App, call: Call, target: Target, path: str) -> bytes:
@@ -5223,11 +5351,10 @@ def _answer(call: Call, reply: Reply, target: Target, head: ResponseHead, body: 
     if head.status != 200:
         raise _refusal(call, target, head, body)
     value = _read_answer(call, target, body)
-    call.usage = call.codec.usage(value)
+    call.book(call.codec.usage(value))
     headers = answer_headers(call, target, head)
-    cost = call.cost_usd()
-    if cost is not None:
-        headers["x-bitrouter-cost-usd"] = f"{cost:.9f}"
+    if call.cost_usd is not None:
+        headers["x-bitrouter-cost-usd"] = f"{call.cost_usd:.9f}"
     call.first_at = time.monotonic()
     reply.send(200, body, headers)
 
@@ -5420,7 +5547,7 @@ class _StreamSink:
 
     def _finish(self, error: UpstreamError | None) -> None:
         self._reply.on_flow = None
-        self._call.usage = self._relay.state.usage
+        self._call.book(self._relay.state.usage)
         self._call.broke = error
         self._reply.end()
         self._connection.detach()
@@ -5518,7 +5645,7 @@ async def _echo(app: App, call: Call, reply: Reply) -> None:
     parts = echo_parts(prompt)
     label = AnswerLabel(app.new_id(), int(time.time_ns() // 1_000_000_000))
     last = parts[-1]
-    call.usage = last.usage if isinstance(last, Finished) else None
+    call.book(last.usage if isinstance(last, Finished) else None)
     call.first_at = time.monotonic()
     headers = served_by(call, target)
     if not prompt.stream:
@@ -5567,12 +5694,9 @@ def read_path(app: App, request: HttpRequest | None) -> Path:
     """
     if request is None:
         return Path("/", False, ApiProtocol.CHAT_COMPLETIONS)
-    base_path, path, headers = app.config.server.base_path, request.path, request.headers
-    path = path[len(base_path) :] if base_path and path.startswith(base_path + "/") else path
-    found = re.match(r"(?:/v1beta(?=/|$)|/v1(?=/|$))*", path)
-    prefix = found[0] if found else ""
-    below = path[len(prefix) :] or "/"
-    google = "/v1beta" in prefix or is_google_caller(request)
+    headers = request.headers
+    beta, below = _below(app.config.server.base_path, request.path)
+    google = beta or is_google_caller(request)
     if below.rpartition(":")[2] in GEMINI_VERBS or (google and below not in OPERATIONS):
         return Path(below, True, ApiProtocol.GENERATE_CONTENT)
     if below.startswith("/messages") or "anthropic-version" in headers:
@@ -5580,6 +5704,15 @@ def read_path(app: App, request: HttpRequest | None) -> Path:
     if below.startswith("/responses"):
         return Path(below, False, ApiProtocol.RESPONSES)
     return Path(below, False, ApiProtocol.CHAT_COMPLETIONS)
+
+
+@functools.lru_cache(maxsize=1024)
+def _below(base_path: str, path: str) -> tuple[bool, str]:
+    """Whether a path goes through /v1beta, and what is left of it below that or /v1."""
+    path = path[len(base_path) :] if base_path and path.startswith(base_path + "/") else path
+    found = re.match(r"(?:/v1beta(?=/|$)|/v1(?=/|$))*", path)
+    prefix = found[0] if found else ""
+    return "/v1beta" in prefix, path[len(prefix) :] or "/"
 
 
 def is_google_caller(request: HttpRequest) -> bool:
@@ -5692,7 +5825,7 @@ def _call_facts(call: Call) -> dict[str, Any]:
     if usage:
         facts |= {"in": usage.input_tokens, "out": usage.output_tokens}
         facts["cached"] = usage.cached_tokens
-        facts["cost_usd"] = call.cost_usd()
+        facts["cost_usd"] = call.cost_usd
     facts["warnings"] = "usage_unknown" if _usage_is_missing(call) else None
     facts["duration_ms"] = round((time.monotonic() - call.started_at) * 1000, 1)
     return facts
@@ -5709,11 +5842,7 @@ def check_origin(app: App, request: HttpRequest, reply: Reply) -> None:
     """Let no web page use us: neither by a name rebound to our address, nor across origins."""
     server, headers = app.config.server, request.headers
     host = headers.get("host", "")
-    name = re.sub(r":\d*$", "", host).lower()
-    here = server.listen.rpartition(":")[0]
-    free = server.listen.startswith("unix:") or not is_loopback(here)
-    known = is_loopback(name) or _is_address(name) or name in server.allowed_hosts
-    if not known and (server.allowed_hosts or not free) and request.head.minor == 1:
+    if not _may_be_called(host, server.listen, server.allowed_hosts) and request.head.minor == 1:
         raise Forbidden(
             f"host {printable(host, 100)!r} is not allowed; add it to server.allowed_hosts",
             code="host_not_allowed",
@@ -5731,8 +5860,15 @@ def check_origin(app: App, request: HttpRequest, reply: Reply) -> None:
         )
 
 
-def _is_address(name: str) -> bool:
-    return name.startswith("[") or re.fullmatch(r"\d+\.\d+\.\d+\.\d+", name) is not None
+@functools.lru_cache(maxsize=256)
+def _may_be_called(host: str, listen: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a Host header is one of our names. An address cannot be rebound, so all may be."""
+    name = re.sub(r":\d*$", "", host).lower()
+    is_address = name.startswith("[") or re.fullmatch(r"\d+\.\d+\.\d+\.\d+", name)
+    if is_address or is_loopback(name) or name in allowed:
+        return True
+    here = listen.rpartition(":")[0]
+    return not allowed and (listen.startswith("unix:") or not is_loopback(here))
 
 
 def authenticate(app: App, request: HttpRequest) -> str:
@@ -5762,8 +5898,11 @@ def _credential(request: HttpRequest) -> str:
 
 
 def _request_id(app: App, request: HttpRequest) -> str:
-    given = request.headers.get("x-bitrouter-request-id", "")
-    return given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else app.new_id()
+    given = request.headers.get("x-bitrouter-request-id")
+    return given if given and _REQUEST_ID.fullmatch(given) else app.new_id()
+
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 # Requests to a model.
@@ -6173,9 +6312,11 @@ async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel,
     try:
         async with asyncio.timeout(_DISCOVER_WAIT_S):
             connection = await app.pool.lend(origin, _DISCOVER_WAIT_S)
-            sink = Collector(limit=4 * 1024 * 1024)
+            answers: list[tuple[ResponseHead, bytes]] = []
+            sink = Collector(lambda *answer: answers.append(answer), limit=4 * 1024 * 1024)
             connection.start(request.encode(), sink)
-            head, body = await sink.done
+            await sink.done
+        head, body = answers[0]
         listed = dig(json.loads(body), "data") if head.status == 200 else None
     except (UpstreamError, TimeoutError, ValueError):
         if connection:

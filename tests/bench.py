@@ -256,8 +256,8 @@ def request_body(scenario: Scenario, model: str) -> bytes:
         body |= {"stream": True, "stream_options": {"include_usage": True}}
     last = {"role": "user", "content": f"{MARKER.decode()} Go on."}
 
-    def render(*more: dict[str, str]) -> bytes:
-        whole = {**body, "messages": [*messages, *more, last]}
+    def render() -> bytes:
+        whole = {**body, "messages": [*messages, last]}
         return json.dumps(whole, separators=(",", ":")).encode()
 
     turn = (FILLER * 13)[:1900]
@@ -698,7 +698,7 @@ class Server:
 def running_proxy(command: str, upstream: str, core: int | None) -> Iterator[Server]:
     """Start the proxy in a home of its own; when something fails, tell what it wrote."""
     port = free_port()
-    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as home:
+    with tempfile.TemporaryDirectory(prefix="bitrouter-bench-", ignore_cleanup_errors=True) as home:
         log_path = Path(home) / "proxy.log"
         with log_path.open("wb") as log:
             started = time.perf_counter()
