@@ -225,7 +225,7 @@ class UpstreamError(BitrouterError):
 
 
 class UpstreamUnreachable(UpstreamError):
-    status, kind, code = 503, Kind.OVERLOADED, "upstream_unreachable"
+    status, code = 503, "upstream_unreachable"
 
 
 class UpstreamTimeout(UpstreamError):
@@ -273,7 +273,7 @@ class UpstreamRejected(UpstreamError):
 class AllAttemptsFailed(UpstreamError):
     """Every target was tried; the message names each attempt and what became of it."""
 
-    status, kind, code, retryable = 503, Kind.OVERLOADED, "all_attempts_failed", False
+    status, code, retryable = 503, "all_attempts_failed", False
 
 
 # ---------------------------------------------------------------------------------------------
@@ -340,13 +340,26 @@ class Document:
 
     def set(self, key: str, value: Json) -> None:
         """Replace a top-level value, or add it in front when there is none."""
-        new = json.dumps(value)
+        new = compact(value).decode()
         if key in self.value:
             self._edits.append((*self._span(key), new))
         else:
             start = self._text.index("{") + 1
             comma = "," if self.value else ""
             self._edits.append((start, start, f"{json.dumps(key)}:{new}{comma}"))
+
+    def set_in(self, key: str, inner: str, value: Json) -> None:
+        """Replace a value one level down, or add it there; key must hold an object or nothing."""
+        outer = self.value.get(key)
+        if not outer:
+            self.set(key, {inner: value})
+            return
+        start, _ = self._span(key)
+        new = json.dumps(value)
+        if inner in outer:
+            self._edits.append((*_spans(self._text, start)[inner], new))
+        else:
+            self._edits.append((start + 1, start + 1, f"{json.dumps(inner)}:{new},"))
 
     def text(self) -> bytes:
         """The document with its edits, in UTF-8."""
@@ -369,14 +382,14 @@ class Document:
         ):
             return colon.end(), _DECODER.raw_decode(self._text, colon.end())[1]
         if self._spans is None:
-            self._spans = _top_level_spans(self._text)
+            self._spans = _spans(self._text, self._text.index("{"))
         return self._spans[key]
 
 
-def _top_level_spans(text: str) -> dict[str, tuple[int, int]]:
-    """Where each value of a valid JSON object starts and ends."""
+def _spans(text: str, start: int) -> dict[str, tuple[int, int]]:
+    """Where each value of the valid JSON object at `start` starts and ends."""
     spans: dict[str, tuple[int, int]] = {}
-    at = _skip(text, text.index("{") + 1)
+    at = _skip(text, start + 1)
     while text[at] != "}":
         key, at = _DECODER.raw_decode(text, at)
         start = _skip(text, _skip(text, at) + 1)
@@ -474,6 +487,7 @@ def seconds_of(text: str) -> float | None:
 #
 # One regular expression judges a whole head (2 us); the parsing after it can then be naive.
 
+_MAX_FIELDS = 256
 MAX_HEAD_BYTES = 64 * 1024  # nginx allows 32 KB by default, Node 16 KB; agents send long betas
 _MAX_CHUNK_LINE = 4096
 _MAX_TRAILER_BYTES = 16 * 1024
@@ -482,6 +496,7 @@ _FIELD = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n"
 _FIELDS = b"(?:" + _FIELD + rb")*+\r\n"
 _REQUEST_HEAD = re.compile(rb"[A-Z]{1,20} [!-~]+ HTTP/1\.[01]\r\n" + _FIELDS)
 _RESPONSE_HEAD = re.compile(rb"HTTP/1\.[01] [1-9]\d\d(?: [^\r\n]*+)?\r\n" + _FIELDS)
+_HOST = re.compile(r"(?:(?:\[[0-9A-Fa-f:.]+\]|[\w.~-]+)(?::[0-9]{1,5})?)?", re.ASCII)
 _REQUEST_LINE = re.compile(rb"[A-Z]{1,20} [!-~]+ HTTP/1\.[01]")
 _CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,12})[ \t]*(?:;[^\x00-\x08\x0a-\x1f\x7f]*)?")
 _WHOLE_CHUNK = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
@@ -523,9 +538,24 @@ def parse_request_head(head: bytes) -> RequestHead:
     headers = _headers(lines)
     if version == "HTTP/1.1" and "host" not in headers:
         raise BadRequest("an HTTP/1.1 request needs a Host header", code="malformed_http")
+    if not target.startswith("/"):
+        target, headers["host"] = _absolute(target)
+    if _HOST.fullmatch(headers.get("host", "")) is None:
+        shown = printable(headers["host"], 80)
+        raise BadRequest(f"malformed host: {shown!r}", code="malformed_http")
     connection = headers.get("connection", "").lower()
     keep = "close" not in connection if version == "HTTP/1.1" else "keep-alive" in connection
     return RequestHead(method, target, headers, keep, int(version[-1]))
+
+
+def _absolute(target: str) -> tuple[str, str]:
+    """An absolute-form target: its host counts, whatever the Host header says (3.2.2)."""
+    found = re.fullmatch(r"https?://([^/?#]+)(/[^#]*|\?[^#]*)?", target)
+    if found is None:
+        shown = printable(target, 80)
+        raise BadRequest(f"malformed request target: {shown!r}", code="malformed_http")
+    path = found[2] or "/"
+    return (path if path.startswith("/") else f"/{path}"), found[1]
 
 
 def parse_response_head(head: bytes) -> ResponseHead:
@@ -535,7 +565,7 @@ def parse_response_head(head: bytes) -> ResponseHead:
     first, *lines = head[:-4].decode("latin-1").split("\r\n")
     try:
         headers = _headers(lines)
-    except BadRequest as exc:
+    except BitrouterError as exc:
         raise UpstreamGarbled(f"the provider's response: {exc.message}") from None
     connection = headers.get("connection", "").lower()
     keep = "close" not in connection if first[7] == "1" else "keep-alive" in connection
@@ -550,6 +580,8 @@ def render_head(first_line: str, headers: Mapping[str, str]) -> bytes:
 
 def _headers(lines: list[str]) -> Headers:
     headers: Headers = {}
+    if len(lines) > _MAX_FIELDS:
+        raise HeadTooLarge(f"there are {len(lines)} headers, at most {_MAX_FIELDS} are accepted")
     for line in lines:
         name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
@@ -593,8 +625,10 @@ def response_framing(head: ResponseHead, method: str = "POST") -> int:
         return 0
     coding, length = head.headers.get("transfer-encoding"), head.headers.get("content-length")
     if coding is not None:
-        if coding.lower() != "chunked":
-            raise UpstreamGarbled(f"the provider used transfer-encoding {printable(coding, 40)!r}")
+        if coding.lower() != "chunked" or length is not None:
+            said = f"transfer-encoding {printable(coding, 40)!r}"
+            said += " and content-length" if length is not None else ""
+            raise UpstreamGarbled(f"the provider framed its answer with {said}")
         return CHUNKED
     return UNTIL_CLOSE if length is None else _length(length)
 
@@ -655,8 +689,8 @@ class BodyDecoder:
             end = data.find(b"\r\n", at)
             if end < 0:
                 self._line = data[at:]
-                if len(self._line) > _MAX_CHUNK_LINE:
-                    raise BadRequest("a chunk's size line is too long", code="malformed_http")
+                if len(self._line) > _MAX_CHUNK_LINE or b"\n" in self._line:
+                    raise BadRequest("a chunk's size line has no end", code="malformed_http")
                 break
             self._size_line(data[at:end])
             at = end + 2
@@ -1077,8 +1111,9 @@ def _chat_what_is_missing(body: JsonObject) -> str:
 def _chat_strict(block: bytes) -> bool:
     events = block.count(b"\n\n")
     return (
-        block.startswith(b"data: ")
-        and block.count(b"\n\ndata: ") == events - 1
+        block.startswith(b"data: {")
+        and block.count(b"\n\ndata: {") == events - 1
+        and block.count(b"}\n\n") == events
         and block.count(b"\n") == 2 * events
         and b"\r" not in block
     )
@@ -1263,7 +1298,8 @@ def _responses_strict(block: bytes) -> bool:
     return (
         block.startswith(b"event: ")
         and block.count(b"\n\nevent: ") == events - 1
-        and block.count(b"\ndata: ") == events
+        and block.count(b"\ndata: {") == events
+        and block.count(b"}\n\n") == events
         and block.count(b"\n") == 3 * events
         and b"\r" not in block
     )
@@ -1402,7 +1438,8 @@ def _messages_strict(block: bytes) -> bool:
     return (
         block.startswith(b"event: ")
         and block.count(b"\n\nevent: ") == events - 1
-        and block.count(b"\ndata: ") == events
+        and block.count(b"\ndata: {") == events
+        and block.count(b"}\n\n") == events
         and block.count(b"\n") == 3 * events
         and b"\r" not in block
     )
@@ -1646,11 +1683,11 @@ def _gemini_strict(block: bytes) -> bool:
     ends = block.replace(b"\r\n", b"\n") if b"\r" in block else block
     events = ends.count(b"\n\n")
     return (
-        ends.startswith(b"data: ")
-        and ends.count(b"\n\ndata: ") == events - 1
+        ends.startswith(b"data: {")
+        and ends.count(b"\n\ndata: {") == events - 1
+        and ends.count(b"}\n\n") == events
         and ends.count(b"\n") == 2 * events
         and b"\r" not in ends
-        and b"[DONE]" not in ends
     )
 
 
@@ -1932,6 +1969,7 @@ class StreamRelay:
     Attributes:
         state: what has been seen.
         open: substance has come: what `feed` returns must now reach the caller.
+        garbled: what came is not the protocol; nothing more is passed on.
     """
 
     def __init__(self, codec: Codec, *, hide_usage: bool = False, as_array: bool = False) -> None:
@@ -1941,6 +1979,7 @@ class StreamRelay:
         """
         self.state = StreamState()
         self.open = False
+        self.garbled: UpstreamGarbled | None = None
         self._codec = codec
         self._hide_usage = hide_usage
         self._as_array = as_array
@@ -1951,17 +1990,21 @@ class StreamRelay:
         self._last = b""  # the last block that nobody looked into
 
     def feed(self, chunk: bytes) -> bytes:
-        """Raises UpstreamGarbled for events that are not the protocol's."""
-        block = self._cutter.feed(chunk)
+        """What may go on to the caller now."""
+        try:
+            block = self._cutter.feed(chunk)
+        except UpstreamGarbled as error:
+            self.garbled = error
+            return b""
         return self._take(block) if block else b""
 
     def finish(self) -> bytes:
         """What is left when the provider has closed a stream that it had finished."""
         rest = self._cutter.finish()
         out = self._take(rest) if rest else b""
-        if self.state.finished and not self.state.ended and self.open:
-            out += self._codec.end_mark
-        return out + self._array_end()
+        if self.state.finished and not self.state.ended and not self._failed():
+            out += self._codec.end_mark + self._array_end()
+        return out
 
     def fail(self, error: BitrouterError) -> bytes:
         """The protocol's own way to end a stream that went wrong."""
@@ -1973,12 +2016,11 @@ class StreamRelay:
     def settle(self) -> None:
         """Note what the last block says: a running total of usage, for instance."""
         for raw in split_events(self._last):
-            with suppress(UpstreamGarbled):
-                self._look(raw)
+            self._look(raw)
 
     def _take(self, block: bytes) -> bytes:
         if self.open:
-            return self._sift(block) + (self._array_end() if self._failed() else b"")
+            return self._sift(block) + (self._array_end() if self.state.error else b"")
         at = 0
         for raw in split_events(block):
             at += len(raw)
@@ -1997,9 +2039,9 @@ class StreamRelay:
     def _sift(self, block: bytes) -> bytes:
         """Pass a block on, looking only into those events of it that are of note."""
         codec = self._codec
+        if self.state.ended or self._failed():
+            return b""
         if not self._as_array and codec.dull(block) and codec.strict(block):
-            if self.state.ended or self._failed():
-                return b""
             self._last = block
             return self._without_null_usage(block) if self._hide_usage else block
         middle = block.find(b"\n\n", len(block) // 2) + 2
@@ -2011,12 +2053,14 @@ class StreamRelay:
         return self._sift(block[:middle]) + self._sift(block[middle:])
 
     def _failed(self) -> bool:
-        return self.state.error is not None
+        return self.state.error is not None or self.garbled is not None
 
     def _pass(self, raw: bytes) -> bytes:
         if self.state.ended or self._failed():
             return b""
         event, value = self._look(raw)
+        if self.garbled:
+            return b""
         if event is None:
             comment = raw.startswith(b":") and self._codec.comments
             return raw if comment and raw.count(b"\n") == 2 else b""
@@ -2039,7 +2083,8 @@ class StreamRelay:
         except (ValueError, RecursionError):
             shown = printable(event.data[:200].decode("utf-8", "replace"))
             said = "the provider sent an event that is not JSON"
-            raise UpstreamGarbled(said, code="upstream_bad_json", detail=shown) from None
+            self.garbled = UpstreamGarbled(said, code="upstream_bad_json", detail=shown)
+            return event, None
         if isinstance(value, dict):
             self._codec.note(self.state, value)
             return event, value
@@ -3302,6 +3347,7 @@ _LAB_OF = {
 
 # Gateways that take any lab/model id as it is, known here or not.
 _OPEN_GATEWAYS = ("openrouter", "bitrouter")
+_TAKES_ANY = "takes any id"
 _KIND_RANK = {"api": 0, "local": 0, "gateway": 1, "plan": 2}
 
 ECHO_MODEL = "echo/echo"
@@ -3447,7 +3493,7 @@ class Router:
             as_written = model.rpartition("/")[2] if not separator else bare
             yield from self._of_lab(own, as_written) if own else self._carriers(facts, "")
         elif separator == "/":
-            yield from (Candidate(ident, model, "takes any id") for ident in _OPEN_GATEWAYS)
+            yield from (Candidate(ident, model, _TAKES_ANY) for ident in _OPEN_GATEWAYS)
         else:
             family = next((p for p, starts in FAMILIES if model.lower().startswith(starts)), "")
             if family:
@@ -3469,7 +3515,7 @@ class Router:
         if facts:
             yield from self._carriers(facts, ident)
         known_as = facts.id if facts else f"{lab}/{model}"
-        yield from (Candidate(other, known_as, "takes any id") for other in _OPEN_GATEWAYS)
+        yield from (Candidate(other, known_as, _TAKES_ANY) for other in _OPEN_GATEWAYS)
 
     def _carriers(self, facts: Model, own: str) -> Iterator[Candidate]:
         def rank(ident: str) -> tuple[int, str]:
@@ -3550,7 +3596,7 @@ class Router:
     # What to say when nobody can serve it.
 
     def _why_nobody(self, model: str, op: Operation) -> BitrouterError:
-        candidates = list(self._candidates(model))
+        candidates = [c for c in self._candidates(model) if c.reason != _TAKES_ANY]
         able = [self.active[c.provider] for c in candidates if c.provider in self.active]
         if able:
             return _unsupported(model, op, able)
@@ -4671,6 +4717,7 @@ _HEAD_S = 15.0  # from the first byte of a head to its last
 _BODY_S = 30.0  # between two reads of a body
 _KEEP_ALIVE_S = 180.0  # between requests: longer than any client keeps a connection in its pool
 _STALL_S = 120.0  # a caller that reads nothing of its answer
+_LINGER_S = 1.0
 _MAX_AHEAD_BYTES = 256 * 1024
 
 
@@ -4772,7 +4819,20 @@ class Reply:
 
 
 Handler: TypeAlias = Callable[[App, HttpRequest, Reply], Awaitable[None]]
-ErrorPage: TypeAlias = Callable[[App, HttpRequest | None, Reply, BitrouterError], None]
+
+
+class Service(NamedTuple):
+    """What is done with requests.
+
+    Attributes:
+        screen: looks at a request whose body is still to come; raises if it will be refused.
+        handler: serves a request.
+        refuse: answers what is no proper request.
+    """
+
+    screen: Callable[[App, HttpRequest], None]
+    handler: Handler
+    refuse: Callable[[App, HttpRequest | None, Reply, BitrouterError], None]
 
 
 class CallerConnection(asyncio.Protocol):
@@ -4783,14 +4843,11 @@ class CallerConnection(asyncio.Protocol):
         slow: the caller has not read what it was sent.
     """
 
-    def __init__(
-        self, app: App, handler: Handler, refuse: ErrorPage, opened: set[CallerConnection]
-    ) -> None:
+    def __init__(self, app: App, service: Service, opened: set[CallerConnection]) -> None:
         self.app = app
         self.slow = False
         self.deadline = NEVER
-        self._handler = handler
-        self._refuse = refuse
+        self._screen, self._handler, self._refuse = service
         self._opened = opened
         self._transport: asyncio.Transport | None = None
         self._inbox = b""
@@ -4798,6 +4855,7 @@ class CallerConnection(asyncio.Protocol):
         self._decoder: BodyDecoder | None = None
         self._body: bytes | bytearray = b""
         self._advancing = False
+        self._deaf = False
         self.task: asyncio.Task[None] | None = None
         self._reply: Reply | None = None
         self._silent_since = 0.0
@@ -4814,6 +4872,8 @@ class CallerConnection(asyncio.Protocol):
         self.deadline = self.app.sweeper.now + _KEEP_ALIVE_S
 
     def data_received(self, data: bytes) -> None:
+        if self._deaf:
+            return
         self._inbox = self._inbox + data if self._inbox else data
         if self.task is None:
             self._advance()
@@ -4870,7 +4930,7 @@ class CallerConnection(asyncio.Protocol):
             self._transport.close()
 
     def expire(self, now: float) -> None:
-        if self.slow:
+        if self.slow or self._deaf:
             self.abort()
         elif self.task:
             self._keep_alive(now)
@@ -4928,19 +4988,29 @@ class CallerConnection(asyncio.Protocol):
                 raise BadRequest("lines of a head end in CR LF", code="malformed_http")
             self.deadline = min(self.deadline, self.app.sweeper.now + _HEAD_S)
             return None
-        head = parse_request_head(inbox[:end])
+        self._head = head = parse_request_head(inbox[:end])
         self._inbox = inbox[end:]
         framing = request_framing(head)
         limit = self._max_body()
         if framing > limit:
             raise TooLarge(f"the body has {framing} bytes, at most {limit} are accepted")
-        self._head, self._decoder = head, BodyDecoder(framing)
-        expect = head.headers.get("expect")
-        if expect and not self._inbox and framing and self._transport:
-            if expect.lower() != "100-continue":
-                raise BadRequest(f"expect: {printable(expect, 40)!r} is not known")
-            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._decoder = BodyDecoder(framing)
+        if framing and len(self._inbox) < framing:
+            self._before_body(head)
         return head
+
+    def _before_body(self, head: RequestHead) -> None:
+        """A body is still to come: refuse it now, if it will be refused, or ask for it."""
+        self._screen(self.app, self._request(head, b""))
+        expect = head.headers.get("expect")
+        if expect and expect.lower() != "100-continue":
+            raise BadRequest(f"expect: {printable(expect, 40)!r} is not known")
+        if expect and not self._inbox and self._transport:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _request(self, head: RequestHead, body: bytes) -> HttpRequest:
+        path, _, query = head.target.partition("?")
+        return HttpRequest(head, path, query, body)
 
     def _take_body(self) -> bool:
         """Whether the body is all there."""
@@ -4973,10 +5043,7 @@ class CallerConnection(asyncio.Protocol):
         return int(self.app.config.server.max_body_mb * 1024 * 1024)
 
     def _serve(self, head: RequestHead, body: bytes) -> None:
-        path, _, query = head.target.partition("?")
-        if not path.startswith("/"):  # absolute-form: RFC 9112 3.2.2 has servers accept it
-            path = re.sub(r"^https?://[^/?#]*", "", path) or "/"
-        request = HttpRequest(head, path, query, body)
+        request = self._request(head, body)
         self._reply = Reply(self, head)
         self.deadline = self.app.sweeper.now + self.app.keepalive_s
         # Not App.spawn: we keep the task ourselves, and _run lets no exception out.
@@ -5014,13 +5081,20 @@ class CallerConnection(asyncio.Protocol):
     def _reject(self, error: BitrouterError) -> None:
         """Answer a request that is not one, and close: what follows cannot be understood."""
         head = self._head or RequestHead("GET", "/", {}, False, 1)
-        request = HttpRequest(head, head.target.partition("?")[0], "", b"")
+        request = self._request(head, b"")
         reply = Reply(self, head._replace(keep_alive=False))
         self._inbox = b""
         self._refuse(self.app, request if self._head else None, reply, error)
         self._head = None
-        if self._transport:
-            self._transport.close()
+        self._linger()
+
+    def _linger(self) -> None:
+        """Close our half and read on for a moment: a close with bytes unread would send a reset,
+        which may overtake the answer (RFC 9112, 9.6)."""
+        self._deaf = True
+        self.deadline = self.app.sweeper.now + _LINGER_S
+        if self._transport and self._transport.can_write_eof():
+            self._transport.write_eof()
 
 
 def _body_error(message: str) -> BitrouterError:
@@ -5056,7 +5130,6 @@ _RETURNED_PREFIXES = ("openai-", "anthropic-", "x-ratelimit-", "x-goog-", "x-gro
 _ANTHROPIC_VERSION = "2023-06-01"  # the one that accepts all fields; a caller's own goes first
 JSON_HEADERS = {"content-type": "application/json"}
 _MAX_ERROR_BYTES = 1024 * 1024
-_LONG_WAIT_S = 60.0
 
 
 class Attempt(NamedTuple):
@@ -5310,9 +5383,7 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
     if "model" in document.value and document.value["model"] != target.model:
         document.set("model", target.model)
     if call.hide_usage and target.provider not in app.no_usage_option:
-        options = document.value.get("stream_options")
-        wanted = {**options, "include_usage": True} if options else {"include_usage": True}
-        document.set("stream_options", wanted)
+        document.set_in("stream_options", "include_usage", True)
     return document.text(), "application/json"
 
 
@@ -5455,26 +5526,35 @@ class _StreamSink:
             if self._refused_bytes <= _MAX_ERROR_BYTES:
                 self._refused.append(data)
             return
-        try:
-            out = self._relay.feed(data)
-        except UpstreamGarbled as error:
-            self._fail(error)
+        out = self._relay.feed(data)
+        if self._relay.open:
+            self._write(out)
+        if self._is_over():
             return
-        state = self._relay.state
-        if not self._relay.open:
-            if state.error:
-                self._fail(judge(self._target.name, state.error.status or 502, state.error))
-            return
+        if self._relay.state.ended and self._relay.open:
+            self._finish(None)
+        elif self._reply.slow:
+            self._connection.pause()
+
+    def _write(self, out: bytes) -> None:
         if self._open:
             self._reply.write(out)
         else:
             self._begin(out)
-        if state.error:
-            self._finish(judge(self._target.name, state.error.status or 502, state.error))
-        elif state.ended:
-            self._finish(None)
-        elif self._reply.slow:
-            self._connection.pause()
+
+    def _is_over(self) -> bool:
+        """Whether what came was an error, or no event of the protocol; then all is said."""
+        told = self._relay.state.error
+        if told:
+            error: UpstreamError = judge(self._target.name, told.status or 502, told)
+            # Once the caller reads along, it has had the provider's own words already.
+            if self._open:
+                self._finish(error)
+            else:
+                self._fail(error)
+        elif self._relay.garbled:
+            self._fail(self._relay.garbled)
+        return self.done.done()
 
     def on_end(self) -> None:
         if self.done.done() or self._head is None:
@@ -5482,27 +5562,20 @@ class _StreamSink:
         if self._refused is not None:
             self._set_error(self._what_was_refused(self._head, b"".join(self._refused)))
             return
-        try:
-            out = self._relay.finish()
-        except UpstreamGarbled as error:
-            self._fail(error)
-            return
+        out = self._relay.finish()
         state = self._relay.state
-        if state.error and not self._relay.open:
-            self._fail(judge(self._target.name, state.error.status or 502, state.error))
-        elif not self._relay.open:
-            self._fail(
-                UpstreamGarbled(
-                    f"{self._target.name} ended the stream before its first token",
-                    code="upstream_empty_stream",
-                )
-            )
+        if self._relay.open:
+            self._write(out)
+        if self._is_over():
+            return
+        if not self._relay.open:
+            said = f"{self._target.name} ended the stream before its first token"
+            self._fail(UpstreamGarbled(said, code="upstream_empty_stream"))
         elif state.finished or state.ended:
-            self._begin(out) if not self._open else self._reply.write(out)
             self._finish(None)
         else:
             said = f"{self._target.name} closed the stream before it was finished"
-            self._fail(UpstreamGarbled(said, code="upstream_disconnected"), out)
+            self._fail(UpstreamGarbled(said, code="upstream_disconnected"))
 
     def on_fail(self, error: UpstreamError) -> None:
         self._fail(error)
@@ -5532,14 +5605,11 @@ class _StreamSink:
         else:
             self._connection.resume()
 
-    def _fail(self, error: UpstreamError, unsent: bytes = b"") -> None:
+    def _fail(self, error: UpstreamError) -> None:
         if self.done.done():
             return
-        if self._open or unsent:
-            if not self._open:
-                self._begin(unsent)
-                unsent = b""
-            self._reply.write(unsent + self._relay.fail(error))
+        if self._open:
+            self._reply.write(self._relay.fail(error))
             self._finish(error)
         else:
             self._connection.detach()
@@ -5670,6 +5740,7 @@ async def _echo(app: App, call: Call, reply: Reply) -> None:
 # raise into the error object of the protocol that the path belongs to.
 
 _MAX_MODEL_CHARS = 512
+_TOO_LONG_A_WAIT_S = 60.0
 _SLOW_LOOP_S = 5.0
 
 
@@ -5710,7 +5781,7 @@ def read_path(app: App, request: HttpRequest | None) -> Path:
 def _below(base_path: str, path: str) -> tuple[bool, str]:
     """Whether a path goes through /v1beta, and what is left of it below that or /v1."""
     path = path[len(base_path) :] if base_path and path.startswith(base_path + "/") else path
-    found = re.match(r"(?:/v1beta(?=/|$)|/v1(?=/|$))*", path)
+    found = re.match(r"(?:/openai(?=/v1/))?(?:/v1beta(?=/|$)|/v1(?=/|$))*", path)
     prefix = found[0] if found else ""
     return "/v1beta" in prefix, path[len(prefix) :] or "/"
 
@@ -5793,7 +5864,7 @@ def _retry_headers(error: BitrouterError) -> Headers:
         headers["retry-after-ms"] = str(max(0, round(wait_s * 1000)))
     # Anthropic's SDK would sleep for as long as it is told, OpenAI's would try in vain.
     per_day = isinstance(error, UpstreamLimited) and "PerDay" in error.message
-    if isinstance(error, UpstreamNoCredit) or per_day or (wait_s or 0) > _LONG_WAIT_S:
+    if isinstance(error, UpstreamNoCredit) or per_day or (wait_s or 0) > _TOO_LONG_A_WAIT_S:
         headers["x-should-retry"] = "false"
     return headers
 
@@ -5838,8 +5909,20 @@ def _usage_is_missing(call: Call) -> bool:
 # The door.
 
 
-def check_origin(app: App, request: HttpRequest, reply: Reply) -> None:
-    """Let no web page use us: neither by a name rebound to our address, nor across origins."""
+def screen(app: App, request: HttpRequest) -> None:
+    """Whether a request may send its body: large ones should not come in vain."""
+    check_origin(app, request)
+    asked = find_route(read_path(app, request), request.head.method)
+    if asked.page is not get_health:
+        authenticate(app, request)
+
+
+def check_origin(app: App, request: HttpRequest) -> Headers:
+    """Let no web page use us: neither by a name rebound to our address, nor across origins.
+
+    Returns:
+        the headers that tell a page which may that it may.
+    """
     server, headers = app.config.server, request.headers
     host = headers.get("host", "")
     if not _may_be_called(host, server.listen, server.allowed_hosts) and request.head.minor == 1:
@@ -5849,23 +5932,22 @@ def check_origin(app: App, request: HttpRequest, reply: Reply) -> None:
         )
     origin = headers.get("origin")
     if origin is None:
-        return
+        return {}
     if origin in server.cors_origins or "*" in server.cors_origins:
-        reply.extra["access-control-allow-origin"] = origin
-        reply.extra["vary"] = "Origin"
-    elif origin.partition("://")[2].lower() != host.lower():
+        return {"access-control-allow-origin": origin, "vary": "Origin"}
+    if origin.partition("://")[2].lower() != host.lower():
         raise Forbidden(
             f"origin {printable(origin, 100)!r} is not allowed; add it to server.cors_origins",
             code="origin_not_allowed",
         )
+    return {}
 
 
 @functools.lru_cache(maxsize=256)
 def _may_be_called(host: str, listen: str, allowed: tuple[str, ...]) -> bool:
-    """Whether a Host header is one of our names. An address cannot be rebound, so all may be."""
+    """Whether a Host header is one of our names, and not one that was rebound to our address."""
     name = re.sub(r":\d*$", "", host).lower()
-    is_address = name.startswith("[") or re.fullmatch(r"\d+\.\d+\.\d+\.\d+", name)
-    if is_address or is_loopback(name) or name in allowed:
+    if is_loopback(name) or name in allowed:
         return True
     here = listen.rpartition(":")[0]
     return not allowed and (listen.startswith("unix:") or not is_loopback(here))
@@ -6154,7 +6236,7 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
     call: Call | None = None
     caller, error = "", None
     try:
-        check_origin(app, request, reply)
+        reply.extra |= check_origin(app, request)
         if _is_preflight(request, reply):
             reply.send(204, b"", _PREFLIGHT)
             return
@@ -6176,6 +6258,9 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
     finally:
         line = _line(request, reply, call, error)
         app.writer.event("request", {"id": request_id, "caller": caller or None, **line})
+
+
+SERVICE = Service(screen, handle, refuse_unread)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6203,7 +6288,7 @@ class Listener:
         check_safety(app)
 
         def accept() -> CallerConnection:
-            return CallerConnection(app, handle, refuse_unread, self._opened)
+            return CallerConnection(app, SERVICE, self._opened)
 
         listen = app.config.server.listen
         try:
