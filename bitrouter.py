@@ -4067,10 +4067,12 @@ class Connection(asyncio.Protocol):
         idle_s: seconds by which each byte received moves the deadline on,
         limit: but never beyond this.
         waiting: what it is waiting for, to say so when it does not come.
+        who: the target that it serves just now, as errors name it.
     """
 
-    def __init__(self, pool: Pool, origin: Origin) -> None:
+    def __init__(self, pool: Pool, origin: Origin, who: str) -> None:
         self.origin = origin
+        self.who = who
         self.deadline = NEVER
         self.idle_s = self.limit = NEVER
         self.waiting = ""
@@ -4117,7 +4119,7 @@ class Connection(asyncio.Protocol):
         self._pool.discard(self)
         self._transport = None
         if not self.ready.done():
-            said = f"{self.origin.host} closed the connection during the handshake"
+            said = f"{self.who} closed the connection during the handshake"
             self.ready.set_exception(UpstreamUnreachable(said, detail=repr(exc)))
             self.ready.exception()  # seen here, for when nobody waits any more
         if self._sink is None:
@@ -4126,11 +4128,11 @@ class Connection(asyncio.Protocol):
         if decoder and decoder.framing == UNTIL_CLOSE and exc is None:
             self._finish()
         elif self.reused and not self._heard:
-            self._fail(StaleConnection(f"{self.origin.host} had closed the connection"))
+            self._fail(StaleConnection(f"{self.who} had closed the connection"))
         else:
             stage = "the middle of its answer" if self._heard else "answering"
             where = "in" if self._heard else "before"
-            said = f"{self.origin.host} closed the connection {where} {stage}"
+            said = f"{self.who} closed the connection {where} {stage}"
             self._fail(UpstreamUnreachable(said, code="upstream_disconnected", detail=repr(exc)))
 
     # The pool and the attempts call these.
@@ -4183,7 +4185,7 @@ class Connection(asyncio.Protocol):
         if self._sink is not None and self._paused:
             self.deadline = now + self.idle_s  # the caller is slow, not the provider
         elif self._sink is not None:
-            self._fail(UpstreamTimeout(f"{self.origin.host} {self.waiting}"))
+            self._fail(UpstreamTimeout(f"{self.who} {self.waiting}"))
         else:
             self.abort()
 
@@ -4212,7 +4214,7 @@ class Connection(asyncio.Protocol):
         if end < 4:
             self._inbox = data
             if len(data) > MAX_HEAD_BYTES:
-                raise UpstreamGarbled(f"{self.origin.host} sent a response head without end")
+                raise UpstreamGarbled(f"{self.who} sent a response head without end")
             return b""
         self._inbox = b""
         head = parse_response_head(data[:end])
@@ -4223,7 +4225,7 @@ class Connection(asyncio.Protocol):
         try:
             self._decoder = BodyDecoder(response_framing(head))
         except BadRequest as exc:
-            raise UpstreamGarbled(f"{self.origin.host}: {exc.message}") from None
+            raise UpstreamGarbled(f"{self.who}: {exc.message}") from None
         coding = head.headers.get("content-encoding", "identity")
         if coding.lower() not in ("", "identity"):
             self._inflater = Inflater(coding, MAX_ANSWER_BYTES, UpstreamGarbled)
@@ -4238,7 +4240,7 @@ class Connection(asyncio.Protocol):
         try:
             body = decoder.feed(data)
         except BadRequest as exc:
-            raise UpstreamGarbled(f"{self.origin.host}: {exc.message}") from None
+            raise UpstreamGarbled(f"{self.who}: {exc.message}") from None
         if self._inflater and body:
             body = self._inflater.feed(body)
         if body and self._sink:
@@ -4387,28 +4389,32 @@ class Pool:
         self._proxies = _proxies(environ)
         self._context: ssl.SSLContext | None = None
 
-    async def lend(self, origin: Origin, connect_s: float, *, fresh: bool = False) -> Connection:
+    async def lend(
+        self, who: str, origin: Origin, connect_s: float, *, fresh: bool = False
+    ) -> Connection:
         """An idle connection or a new one. Raises UpstreamUnreachable or UpstreamTimeout."""
         idle = self._idle.get(origin)
         while idle and not fresh:
             connection = idle.pop()
             if connection.usable:
                 connection.reused = True
+                connection.who = who
                 connection.deadline = NEVER
                 return connection
         await asyncio.sleep(0)  # see start_now
         limit = asyncio.timeout(connect_s)
         try:
             async with limit, self._dial_slot(origin):
-                return await self._dial(origin)
+                return await self._dial(who, origin)
         except TimeoutError:
             if not limit.expired():  # the kernel's ETIMEDOUT, not our deadline
-                raise UpstreamUnreachable(f"{origin.host} could not be reached") from None
-            said = f"{origin.host} could not be reached within {connect_s:g} s"
+                raise UpstreamUnreachable(f"{who} could not be reached") from None
+            said = f"{who} could not be reached within {connect_s:g} s"
             raise UpstreamTimeout(said, code="upstream_connect_timeout") from None
         except OSError as exc:
-            said = f"{origin.host}:{origin.port} could not be reached: {exc.strerror or exc}"
-            raise UpstreamUnreachable(said, detail=repr(exc)) from None
+            said = f"{who} could not be reached: {_reason(exc)}"
+            where = f"{origin.host}:{origin.port} {exc!r}"
+            raise UpstreamUnreachable(said, detail=where) from None
 
     def give_back(self, connection: Connection) -> None:
         idle = self._idle.setdefault(connection.origin, [])
@@ -4447,12 +4453,12 @@ class Pool:
     def _dial_slot(self, origin: Origin) -> asyncio.Semaphore:
         return self._dials.setdefault(origin, asyncio.Semaphore(_MAX_DIALS_PER_ORIGIN))
 
-    async def _dial(self, origin: Origin) -> Connection:
+    async def _dial(self, who: str, origin: Origin) -> Connection:
         loop = asyncio.get_running_loop()
         proxy = self._proxy_for(origin)
         host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
         _, connection = await loop.create_connection(
-            lambda: Connection(self, origin), host, port, happy_eyeballs_delay=_EYEBALLS_S
+            lambda: Connection(self, origin, who), host, port, happy_eyeballs_delay=_EYEBALLS_S
         )
         try:
             if proxy:
@@ -4476,6 +4482,13 @@ class Pool:
             return None
         url = self._proxies.get("https" if origin.tls else "http") or self._proxies.get("all")
         return _read_proxy(url) if url else None
+
+
+def _reason(exc: OSError) -> str:
+    """`Connection refused`, without the numbers and addresses that the loop puts around it."""
+    if isinstance(exc, socket.gaierror):
+        return "its host name is not known"
+    return os.strerror(exc.errno) if exc.errno else "no address answered"
 
 
 class _Proxy(NamedTuple):
@@ -5319,7 +5332,7 @@ async def _send(
     fresh: bool = False,
 ) -> None:
     """Send a request, and wait until its sink has had all of the answer."""
-    connection = await app.pool.lend(origin, target.timeouts.connect_s, fresh=fresh)
+    connection = await app.pool.lend(target.name, origin, target.timeouts.connect_s, fresh=fresh)
     sink = _sink_for(app, call, reply, target, connection)
     _set_deadlines(connection, call, target.timeouts)
     connection.start(request, sink)
@@ -6396,7 +6409,7 @@ async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel,
     connection: Connection | None = None
     try:
         async with asyncio.timeout(_DISCOVER_WAIT_S):
-            connection = await app.pool.lend(origin, _DISCOVER_WAIT_S)
+            connection = await app.pool.lend(provider.facts.id, origin, _DISCOVER_WAIT_S)
             answers: list[tuple[ResponseHead, bytes]] = []
             sink = Collector(lambda *answer: answers.append(answer), limit=4 * 1024 * 1024)
             connection.start(request.encode(), sink)
