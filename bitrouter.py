@@ -2840,8 +2840,7 @@ def parse_config(text: str, environ: Mapping[str, str], name: str = "bitrouter.t
         return Loaded(Config(), [f"{name}: {exc}"], [])
     reader = _Reader(environ)
     config = reader.table(Config, raw, ())
-    if not reader.found:
-        _check_references(config, reader)
+    _check_references(config, reader)
     where = _Lines(text, name)
     problems = [f"{where.of(path)}: {said}" for path, said in reader.found]
     return Loaded(config, problems, [f"{where.of(path)}: {said}" for path, said in reader.unset])
@@ -2906,9 +2905,11 @@ class _Reader:
 
     def _several(self, kind: Any, options: list[Any], raw: Json, path: Path_) -> Any:
         if kind is tuple and isinstance(raw, list):
-            return tuple(self.value(options[0], one, (*path, i)) for i, one in enumerate(raw))
+            values = [self.value(options[0], one, (*path, i)) for i, one in enumerate(raw)]
+            return tuple(value for value in values if value is not None)
         if kind is dict and isinstance(raw, dict):
-            return {key: self.value(options[1], one, (*path, key)) for key, one in raw.items()}
+            pairs = {key: self.value(options[1], one, (*path, key)) for key, one in raw.items()}
+            return {key: value for key, value in pairs.items() if value is not None}
         return self._mismatch(path, "a list" if kind is tuple else "a table", raw)
 
     def _plain(self, kind: Any, raw: Json, path: Path_) -> Any:
@@ -5206,9 +5207,9 @@ async def attempt_chain(app: App, call: Call, reply: Reply, chain: tuple[Target,
             error = await _attempt(app, call, reply, target)
             if error is None:
                 return
-            pause_s = _pause_s(app, error, retries)
-            again = pause_s is not None
-            _note_failure(call, error, "retry" if again else "next")
+            pause_s = _pause_s(app, error, retries) if error.retryable else None
+            then = "retry" if pause_s is not None else "next" if error.retryable else "give_up"
+            _note_failure(app, call, error, then)
             if not error.retryable:
                 raise error
             if pause_s is None:
@@ -5257,21 +5258,21 @@ def _refuses_usage_option(app: App, call: Call, target: Target, error: UpstreamE
     return True
 
 
-def _note_failure(call: Call, error: UpstreamError, then: str) -> None:
+def _note_failure(app: App, call: Call, error: UpstreamError, then: str) -> None:
     target = call.target
     assert target is not None  # noqa: S101  an attempt has one
     call.failed.append(Attempt(target, error))
-    log.warning(
-        "attempt_failed id=%s attempt=%d provider=%s model=%s status=%d code=%s then=%s reason=%s",
-        call.id,
-        call.attempts,
-        target.name,
-        printable(target.model),
-        error.status,
-        error.code,
-        then if error.retryable else "give_up",
-        json.dumps(printable(error.message, 500)),
-    )
+    facts = {
+        "id": call.id,
+        "attempt": call.attempts,
+        "target": f"{target.name}/{printable(target.model)}",
+        "status": error.status,
+        "code": error.code,
+        "then": then,
+        "reason": printable(error.message, 500),
+        "detail": printable(error.detail, 500) or None,
+    }
+    app.writer.event("attempt_failed", facts, level="warning")
 
 
 def _pause_s(app: App, error: UpstreamError, retries: int) -> float | None:
@@ -5293,7 +5294,7 @@ def _sum_up(call: Call) -> UpstreamError:
     errors = [attempt.error for attempt in call.failed]
     if len(errors) == 1:
         return errors[0]
-    named = "; ".join(f"{a.target.name}: {a.error.message}" for a in call.failed)
+    named = "; ".join(_counted([error.message for error in errors]))
     waits = [e.retry_after_s for e in errors if e.retry_after_s is not None]
     statuses = {error.status for error in errors}
     status, kind = (statuses.pop(), errors[-1].kind) if len(statuses) == 1 else (0, None)
@@ -5307,6 +5308,11 @@ def _sum_up(call: Call) -> UpstreamError:
         code=errors[-1].code if status else "",
         retry_after_s=min(waits) if waits and (all_limited or len(waits) == len(errors)) else None,
     )
+
+
+def _counted(messages: list[str]) -> list[str]:
+    counts = {message: messages.count(message) for message in messages}
+    return [said if n == 1 else f"{said} ({n} times)" for said, n in counts.items()]
 
 
 # One exchange with a provider.
@@ -6688,30 +6694,37 @@ def command_route(args: argparse.Namespace) -> int:
     config = usable_config(args.config, os.environ)
     active, _ = active_providers(config, os.environ)
     router = Router(config, active)
-    route, op = _first_route(router, args.model, args.protocol)
+    route, op = _route_for(router, args.model, args.protocol)
     reasoned = zip(route.chain, route.reasons, strict=True)
     steps = [_step(target, reason, op, args.explain) for target, reason in reasoned]
     facts: JsonObject = {"model": args.model, "protocol": op.protocol, "chain": steps}
     if args.explain:
         facts["left_out"] = list(route.left_out)
-    rows = [(f"{i}.", s["provider"], s["model"], s["reason"]) for i, s in enumerate(steps, 1)]
-    if args.explain:
-        rows += [("", "", s["url"], " ".join(s["headers"])) for s in steps]
-        rows += [("-", *left.partition(": ")[::2], "") for left in route.left_out]
-    show(args, facts, rows)
+    show(args, facts, _route_rows(steps, route.left_out if args.explain else ()))
     return 0
 
 
-def _first_route(router: Router, model: str, protocol: str) -> tuple[Route, Operation]:
-    """Resolve for the protocol asked for, or for the first one that the model can be had in."""
+def _route_rows(steps: list[JsonObject], left_out: Iterable[str]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for i, step in enumerate(steps, 1):
+        rows.append((f"{i}.", step["provider"], f"{step['model']}: {step['reason']}"))
+        if "url" in step:
+            rows += [("", "", step["url"]), *(("", "", line) for line in step["headers"])]
+    return [*rows, *(("-", *left.partition(": ")[::2]) for left in left_out)]
+
+
+def _route_for(router: Router, model: str, protocol: str) -> tuple[Route, Operation]:
+    """Resolve for the protocol asked for, or for the one that most targets speak."""
     ops = [CHAT_OP, RESPONSES_OP, MESSAGES_OP, GEMINI_VERBS["generateContent"]]
     if protocol:
-        op = next(op for op in ops if op.protocol == PROTOCOL_NAMES[protocol])
-        return router.resolve(model, op), op
+        ops = [op for op in ops if op.protocol == PROTOCOL_NAMES[protocol]]
+    routes = []
     for op in ops:
         with suppress(ProtocolUnsupported):
-            return router.resolve(model, op), op
-    return router.resolve(model, CHAT_OP), CHAT_OP
+            routes.append((router.resolve(model, op), op))
+    if not routes:
+        return router.resolve(model, ops[0]), ops[0]
+    return max(routes, key=lambda found: len(found[0].chain))
 
 
 def _step(target: Target, reason: str, op: Operation, explain: bool) -> JsonObject:
