@@ -63,7 +63,7 @@ import socket
 import sys
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
@@ -2648,10 +2648,11 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
     Cached tokens are part of the input and reasoning is part of the output, so each token is
     charged once.
     """
-    price = next((t for above, t in reversed(price.tiers) if usage.input_tokens > above), price)
-    plain = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
     if price.input is None:
         return None
+    if price.tiers:
+        price = next((t for above, t in price.tiers[::-1] if usage.input_tokens > above), price)
+    plain = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
     charged = (
         (plain, price.input),
         (usage.cached_tokens, price.cache_read),
@@ -3916,13 +3917,10 @@ class LogWriter(logging.Handler):
         """Write one line. Facts that are None are left out."""
         stamp = self._now()
         if self._as_json:
-            shown = _JSON_TEXT
-            pairs = [
-                f', "{k}": {shown.get(type(v), json.dumps)(v)}'
-                for k, v in facts.items()
-                if v is not None
-            ]
-            line = f'{{"ts": "{stamp}", "level": "{level}", "event": "{name}"{"".join(pairs)}}}'
+            line = _ENCODE(
+                {"ts": stamp, "level": level, "event": name}
+                | {k: v for k, v in facts.items() if v is not None}
+            )
         else:
             pairs = [f" {k}={_logfmt(v)}" for k, v in facts.items() if v is not None]
             line = f"{stamp} {level} {name}{''.join(pairs)}"
@@ -3963,11 +3961,7 @@ class LogWriter(logging.Handler):
         return f"{self._stamp}.{millis % 1000:03}Z"
 
 
-_JSON_TEXT: dict[type, Callable[[Any], str]] = {
-    str: json.encoder.encode_basestring_ascii,
-    int: repr,
-    float: repr,
-}
+_ENCODE = json.JSONEncoder(default=str).encode
 
 
 def _logfmt(value: Any) -> str:
@@ -4402,11 +4396,11 @@ class Pool:
                 connection.who = who
                 connection.deadline = NEVER
                 return connection
-        await asyncio.sleep(0)  # see start_now
         limit = asyncio.timeout(connect_s)
         try:
-            async with limit, self._dial_slot(origin):
-                return await self._dial(who, origin)
+            return await asyncio.get_running_loop().create_task(
+                self._dial_within(limit, who, origin)
+            )
         except TimeoutError:
             if not limit.expired():  # the kernel's ETIMEDOUT, not our deadline
                 raise UpstreamUnreachable(f"{who} could not be reached") from None
@@ -4416,6 +4410,10 @@ class Pool:
             said = f"{who} could not be reached: {_reason(exc)}"
             where = f"{origin.host}:{origin.port} {exc!r}"
             raise UpstreamUnreachable(said, detail=where) from None
+
+    async def _dial_within(self, limit: asyncio.Timeout, who: str, origin: Origin) -> Connection:
+        async with limit, self._dial_slot(origin):
+            return await self._dial(who, origin)
 
     def give_back(self, connection: Connection) -> None:
         idle = self._idle.setdefault(connection.origin, [])
@@ -4661,47 +4659,60 @@ class App:
             log.error("background_task_failed error=%r", error, exc_info=error)
 
 
-def start_now(work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-    """Run a coroutine up to its first wait at once, and the rest of it as a task.
+class Errand:
+    """A coroutine that begins at once and goes on without a task.
 
-    A task's first step would wait for another turn of the loop, which is a third of what we add
-    to a request. (From Python 3.12 on, tasks can be eager; this does the same on 3.11.) In that
-    first part there is no current task yet: `asyncio.timeout` needs a wait before it.
-
-    Returns:
-        the task, for the caller to keep; None if all is done already.
+    A task would begin in the loop's next turn and wake by way of it again: a fifth of what we add
+    to a request. This does what `asyncio.Task(..., eager_start=True)` does from Python 3.12 on,
+    and less: there is no current task in it. What needs one (asyncio.timeout) is to be spawned.
     """
-    try:
-        waiting_for = work.send(None)
-    except StopIteration:
-        return None
-    return asyncio.get_running_loop().create_task(_the_rest(_Resumed(work, waiting_for)))
 
+    __slots__ = ("_cancelled", "_finished", "_loop", "_waiting_for", "_work", "done")
 
-async def _the_rest(resumed: _Resumed) -> None:
-    await resumed
-
-
-class _Resumed:
-    """Goes on with a coroutine that waits for something already."""
-
-    def __init__(self, work: Coroutine[Any, Any, None], waiting_for: Any) -> None:
+    def __init__(self, work: Coroutine[Any, Any, None]) -> None:
+        self.done = False
         self._work = work
-        self._waiting_for = waiting_for
+        self._loop = asyncio.get_running_loop()
+        self._waiting_for: asyncio.Future[Any] | None = None
+        self._finished: asyncio.Future[None] | None = None
+        self._cancelled = False
+        self._go_on()
 
-    def __await__(self) -> Generator[Any, Any, None]:
-        step = self._waiting_for
-        while True:
-            try:
-                value = yield step
-            except BaseException as error:  # noqa: BLE001  a cancellation: it is not ours
-                resume = functools.partial(self._work.throw, error)
+    def cancel(self) -> None:
+        """Raise CancelledError where the coroutine waits, or else at its next step."""
+        self._cancelled = True
+        waiting_for, self._waiting_for = self._waiting_for, None
+        if waiting_for is not None:
+            waiting_for.remove_done_callback(self._go_on)
+            waiting_for.cancel()
+            self._go_on()
+
+    async def finished(self) -> None:
+        """Wait until the coroutine is through."""
+        if self._finished is None:
+            self._finished = self._loop.create_future()
+        await self._finished
+
+    def _go_on(self, _: object = None) -> None:
+        self._waiting_for = None
+        try:
+            if self._cancelled:
+                self._cancelled = False
+                step = self._work.throw(asyncio.CancelledError())
             else:
-                resume = functools.partial(self._work.send, value)
-            try:
-                step = resume()
-            except StopIteration:
-                return
+                step = self._work.send(None)
+        except (StopIteration, asyncio.CancelledError):
+            self.done = True
+            if self._finished and not self._finished.done():
+                self._finished.set_result(None)
+            return
+        if step is None:  # asyncio.sleep(0)
+            self._loop.call_soon(self._go_on)
+            return
+        # The handshake between a future and who awaits it, as asyncio.Task does it.
+        step._asyncio_future_blocking = False  # noqa: SLF001
+        step.add_done_callback(self._go_on)
+        self._waiting_for = step
 
 
 def caller_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str]:
@@ -4853,7 +4864,7 @@ class CallerConnection(asyncio.Protocol):
     """One caller's connection, for as many requests as it likes, one at a time.
 
     Attributes:
-        task: what serves the current request; None between requests.
+        errand: what serves the current request; None between requests.
         slow: the caller has not read what it was sent.
     """
 
@@ -4870,7 +4881,7 @@ class CallerConnection(asyncio.Protocol):
         self._body: bytes | bytearray = b""
         self._advancing = False
         self._deaf = False
-        self.task: asyncio.Task[None] | None = None
+        self.errand: Errand | None = None
         self._reply: Reply | None = None
         self._silent_since = 0.0
         self._reading = True
@@ -4889,7 +4900,7 @@ class CallerConnection(asyncio.Protocol):
         if self._deaf:
             return
         self._inbox = self._inbox + data if self._inbox else data
-        if self.task is None:
+        if self.errand is None:
             self._advance()
         elif len(self._inbox) > _MAX_AHEAD_BYTES and self._reading and self._transport:
             self._reading = False
@@ -4903,8 +4914,8 @@ class CallerConnection(asyncio.Protocol):
         self._opened.discard(self)
         self._transport = None
         self.resume_writing()
-        if self.task:
-            self.task.cancel()
+        if self.errand:
+            self.errand.cancel()
 
     def pause_writing(self) -> None:
         self.slow = True
@@ -4916,7 +4927,7 @@ class CallerConnection(asyncio.Protocol):
         self.slow = False
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
-        if self.task:
+        if self.errand:
             self.deadline = self.app.sweeper.now + self.app.keepalive_s
         if self._reply and self._reply.on_flow:
             self._reply.on_flow(False)
@@ -4940,13 +4951,13 @@ class CallerConnection(asyncio.Protocol):
     # The server calls these.
 
     def close_if_idle(self) -> None:
-        if self.task is None and self._transport:
+        if self.errand is None and self._transport:
             self._transport.close()
 
     def expire(self, now: float) -> None:
         if self.slow or self._deaf:
             self.abort()
-        elif self.task:
+        elif self.errand:
             self._keep_alive(now)
         elif self._head or self._inbox:
             self.app.writer.event("request_timed_out", {"received": len(self._inbox)})
@@ -4971,7 +4982,7 @@ class CallerConnection(asyncio.Protocol):
             return
         self._advancing = True
         try:
-            while self.task is None and self._transport and self._one_request():
+            while self.errand is None and self._transport and self._one_request():
                 pass
         except BitrouterError as error:
             self._reject(error)
@@ -5060,8 +5071,8 @@ class CallerConnection(asyncio.Protocol):
         request = self._request(head, body)
         self._reply = Reply(self, head)
         self.deadline = self.app.sweeper.now + self.app.keepalive_s
-        # Not App.spawn: we keep the task ourselves, and _run lets no exception out.
-        self.task = start_now(self._run(request, self._reply))
+        errand = Errand(self._run(request, self._reply))
+        self.errand = None if errand.done else errand
 
     async def _run(self, request: HttpRequest, reply: Reply) -> None:
         try:
@@ -5074,7 +5085,7 @@ class CallerConnection(asyncio.Protocol):
                 said = "something went wrong inside bitrouter; its log has the details"
                 self._refuse(self.app, request, reply, BitrouterError(said))
         finally:
-            self.task = self._reply = None
+            self.errand = self._reply = None
         self._next(reply)
 
     def _next(self, reply: Reply) -> None:
@@ -5784,19 +5795,23 @@ def read_path(app: App, request: HttpRequest | None) -> Path:
     """
     if request is None:
         return Path("/", False, ApiProtocol.CHAT_COMPLETIONS)
-    headers = request.headers
-    beta, below = _below(app.config.server.base_path, request.path)
-    google = beta or is_google_caller(request)
+    google, anthropic = is_google_caller(request), "anthropic-version" in request.headers
+    return _read_path(app.config.server.base_path, request.path, google, anthropic)
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_path(base_path: str, path: str, google: bool, anthropic: bool) -> Path:
+    beta, below = _below(base_path, path)
+    google = beta or google
     if below.rpartition(":")[2] in GEMINI_VERBS or (google and below not in OPERATIONS):
         return Path(below, True, ApiProtocol.GENERATE_CONTENT)
-    if below.startswith("/messages") or "anthropic-version" in headers:
+    if below.startswith("/messages") or anthropic:
         return Path(below, False, ApiProtocol.MESSAGES)
     if below.startswith("/responses"):
         return Path(below, False, ApiProtocol.RESPONSES)
     return Path(below, False, ApiProtocol.CHAT_COMPLETIONS)
 
 
-@functools.lru_cache(maxsize=1024)
 def _below(base_path: str, path: str) -> tuple[bool, str]:
     """Whether a path goes through /v1beta, and what is left of it below that or /v1."""
     path = path[len(base_path) :] if base_path and path.startswith(base_path + "/") else path
@@ -6221,6 +6236,7 @@ class Asked(NamedTuple):
     page: Handler | None = None
 
 
+@functools.lru_cache(maxsize=1024)
 def find_route(path: Path, method: str) -> Asked:
     """Raises NotFound or MethodNotAllowed."""
     below = path.below.rstrip("/")
@@ -6335,12 +6351,13 @@ class Listener:
             self._server.close()
         for connection in list(self._opened):
             connection.close_if_idle()
-        running = {c.task for c in self._opened if c.task}
-        if running:
-            await asyncio.wait(running, timeout=seconds)
+        running = [c.errand.finished() for c in self._opened if c.errand]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await asyncio.gather(*running)
             await asyncio.sleep(0)  # last bytes leave before their connections are cut
         for connection in list(self._opened):
-            if connection.task:
+            if connection.errand:
                 connection.abort()
         await self.app.stop()
 
@@ -6596,6 +6613,7 @@ def _collect_less() -> None:
 
     gc.collect()
     gc.freeze()
+    gc.set_threshold(5_000, 20, 100)
 
 
 def greet(app: App, listener: Listener) -> None:
