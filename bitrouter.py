@@ -3897,11 +3897,11 @@ _PLAIN = re.compile(r"[\w.:/@+\-%$~]+")
 class LogWriter(logging.Handler):
     """Formats events as logfmt or JSON and writes them to a stream, gathered."""
 
-    def __init__(self, stream: Any, *, as_json: bool, secrets: Iterable[Secret] = ()) -> None:
+    def __init__(self, stream: Any, *, as_json: bool) -> None:
         super().__init__()
         self._stream = stream
         self._as_json = as_json
-        self._secrets = [s.reveal() for s in secrets if len(s.reveal()) >= 8]
+        self._secrets: list[str] = []
         self._lines: list[str] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._delay_s = 0.0 if stream.isatty() else _FLUSH_S
@@ -3912,6 +3912,10 @@ class LogWriter(logging.Handler):
         """Gather lines while a loop runs; without one, each is written at once."""
         self.flush()
         self._loop = loop
+
+    def hide(self, secrets: Iterable[Secret]) -> None:
+        """Never write any of these, wherever they turn up."""
+        self._secrets = [s.reveal() for s in secrets if len(s.reveal()) >= 8]
 
     def event(self, name: str, facts: Mapping[str, Any], level: str = "info") -> None:
         """Write one line. Facts that are None are left out."""
@@ -3924,6 +3928,8 @@ class LogWriter(logging.Handler):
         else:
             pairs = [f" {k}={_logfmt(v)}" for k, v in facts.items() if v is not None]
             line = f"{stamp} {level} {name}{''.join(pairs)}"
+        if level != "info" or "error" in facts:
+            line = self._redacted(line)
         self._put(line, urgent=level != "info")
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -3931,8 +3937,7 @@ class LogWriter(logging.Handler):
         said = record.getMessage()
         if record.exc_info:
             said += " " + logging.Formatter().formatException(record.exc_info)
-        for secret in self._secrets:
-            said = said.replace(secret, "[redacted]")
+        said = self._redacted(said)
         level = record.levelname.lower()
         if self._as_json:
             self._put(json.dumps({"ts": self._now(), "level": level, "event": said}), urgent=True)
@@ -3945,6 +3950,11 @@ class LogWriter(logging.Handler):
             with suppress(OSError, ValueError):  # nobody reads the log: no reason to stop serving
                 self._stream.write("\n".join(lines) + "\n")
                 self._stream.flush()
+
+    def _redacted(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "[redacted]")
+        return text
 
     def _put(self, line: str, *, urgent: bool) -> None:
         self._lines.append(line)
@@ -4621,6 +4631,7 @@ class App:
         self.writer = writer
         self.keepalive_s = keepalive_s
         active, self.warnings = active_providers(config, environ)
+        writer.hide(account.api_key for p in active.values() for account in p.accounts)
         self.router = Router(config, active)
         self.health = Health(config.upstream.breaker)
         self.sweeper = Sweeper(tick_s)
@@ -5449,7 +5460,7 @@ def set_form_field(
 
 def _answer(call: Call, reply: Reply, target: Target, head: ResponseHead, body: bytes) -> None:
     """Pass a whole answer on, or raise what is wrong with it."""
-    if head.status != 200:
+    if not 200 <= head.status < 300:
         raise _refusal(call, target, head, body)
     value = _read_answer(call, target, body)
     call.book(call.codec.usage(value))
@@ -5457,7 +5468,7 @@ def _answer(call: Call, reply: Reply, target: Target, head: ResponseHead, body: 
     if call.cost_usd is not None:
         headers["x-bitrouter-cost-usd"] = f"{call.cost_usd:.9f}"
     call.first_at = time.monotonic()
-    reply.send(200, body, headers)
+    reply.send(head.status, body, headers)
 
 
 def _read_answer(call: Call, target: Target, body: bytes) -> JsonObject:
@@ -5473,11 +5484,18 @@ def _read_answer(call: Call, target: Target, body: bytes) -> JsonObject:
         raise UpstreamGarbled(f"{target.name} answered 200 with JSON that is not an object")
     facts = call.codec.parse_error(value) if value.get("error") else None
     if facts:
-        raise judge(target.name, facts.status or 502, facts)
+        raise told_in_band(target, facts)
     missing = call.codec.what_is_missing(value) if call.op.generates else ""
     if missing:
         raise UpstreamGarbled(f"{target.name} answered 200 without {missing}")
     return value
+
+
+def told_in_band(target: Target, facts: ErrorFacts) -> UpstreamError:
+    """What an error inside a 200 means."""
+    key = target.secret.reveal()
+    said = facts.message.replace(key, "[redacted]") if key else facts.message
+    return judge(target.name, facts.status or 502, facts._replace(message=said))
 
 
 def _usage_at_end(body: bytes) -> JsonObject:
@@ -5576,7 +5594,7 @@ class _StreamSink:
         """Whether what came was an error, or no event of the protocol; then all is said."""
         told = self._relay.state.error
         if told:
-            error: UpstreamError = judge(self._target.name, told.status or 502, told)
+            error = told_in_band(self._target, told)
             # Once the caller reads along, it has had the provider's own words already.
             if self._open:
                 self._finish(error)
@@ -6502,6 +6520,7 @@ async def serve(
     _on_signals(loop, stop)
     greet(app, listener)
     raise_descriptor_limit()
+    collect_less()
     if find_local:
         app.spawn(discover_for_ever(app))
     await stop.wait()
@@ -6515,6 +6534,16 @@ async def serve(
         stop_health()
     app.writer.event("stopped", {})
     app.writer.attach(None)
+
+
+def collect_less() -> None:
+    """What is loaded now stays: no garbage collection has to walk through it again."""
+    import gc
+
+    catalogue()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 100)
 
 
 def _on_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
@@ -6594,26 +6623,15 @@ def command_serve(args: argparse.Namespace) -> int:
         config.server.listen = listen
     form = config.server.log_format
     as_json = form == "json" or (form == "auto" and not sys.stderr.isatty())
-    keys = [k for p in config.providers.values() for k in (p.api_key,) if k]
-    writer = LogWriter(sys.stderr, as_json=as_json, secrets=keys)
+    writer = LogWriter(sys.stderr, as_json=as_json)
     log.handlers, log.propagate = [writer], False
     log.setLevel(logging.INFO)
     timeouts = config.upstream.timeouts
     shortest_s = min(timeouts.first_token_s, timeouts.idle_s, timeouts.total_s)
     app = App(config, os.environ, writer, tick_s=max(0.02, min(0.5, shortest_s / 4)))
-    _collect_less()
     with suppress(KeyboardInterrupt):
         asyncio.run(serve(app, greet))
     return 0
-
-
-def _collect_less() -> None:
-    """What is loaded now stays: no garbage collection has to walk through it again."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(5_000, 20, 100)
 
 
 def greet(app: App, listener: Listener) -> None:
