@@ -801,6 +801,8 @@ class EventCutter:
 
     def feed(self, chunk: bytes) -> bytes:
         """Whole events, or nothing yet. Raises UpstreamGarbled for an event beyond all bounds."""
+        if not self._held and not self._first and chunk.endswith(b"\n\n"):
+            return chunk
         if self._first:
             chunk = self._without_bom(chunk)
         seam = self._tail + chunk
@@ -1969,7 +1971,8 @@ class StreamRelay:
     Attributes:
         state: what has been seen.
         open: substance has come: what `feed` returns must now reach the caller.
-        garbled: what came is not the protocol; nothing more is passed on.
+        garbled: what came is not the protocol.
+        over: the stream has ended, in one way or another; nothing more is passed on.
     """
 
     def __init__(self, codec: Codec, *, hide_usage: bool = False, as_array: bool = False) -> None:
@@ -1980,6 +1983,7 @@ class StreamRelay:
         self.state = StreamState()
         self.open = False
         self.garbled: UpstreamGarbled | None = None
+        self.over = False
         self._codec = codec
         self._hide_usage = hide_usage
         self._as_array = as_array
@@ -1994,7 +1998,7 @@ class StreamRelay:
         try:
             block = self._cutter.feed(chunk)
         except UpstreamGarbled as error:
-            self.garbled = error
+            self.garbled, self.over = error, True
             return b""
         return self._take(block) if block else b""
 
@@ -2002,7 +2006,7 @@ class StreamRelay:
         """What is left when the provider has closed a stream that it had finished."""
         rest = self._cutter.finish()
         out = self._take(rest) if rest else b""
-        if self.state.finished and not self.state.ended and not self._failed():
+        if self.state.finished and not self.over:
             out += self._codec.end_mark + self._array_end()
         return out
 
@@ -2020,7 +2024,7 @@ class StreamRelay:
 
     def _take(self, block: bytes) -> bytes:
         if self.open:
-            return self._sift(block) + (self._array_end() if self.state.error else b"")
+            return self._sift(block)
         at = 0
         for raw in split_events(block):
             at += len(raw)
@@ -2034,13 +2038,13 @@ class StreamRelay:
             return b""
         opening = b"".join(self._held)
         self._held.clear()
-        return opening + (self._take(block[at:]) if at < len(block) else b"")
+        return opening + (self._sift(block[at:]) if at < len(block) else b"")
 
     def _sift(self, block: bytes) -> bytes:
         """Pass a block on, looking only into those events of it that are of note."""
-        codec = self._codec
-        if self.state.ended or self._failed():
+        if self.over:
             return b""
+        codec = self._codec
         if not self._as_array and codec.dull(block) and codec.strict(block):
             self._last = block
             return self._without_null_usage(block) if self._hide_usage else block
@@ -2052,20 +2056,20 @@ class StreamRelay:
             return b"".join([self._pass(raw) for raw in split_events(block)])
         return self._sift(block[:middle]) + self._sift(block[middle:])
 
-    def _failed(self) -> bool:
-        return self.state.error is not None or self.garbled is not None
-
     def _pass(self, raw: bytes) -> bytes:
-        if self.state.ended or self._failed():
+        """One event that is looked into, as it goes on."""
+        if self.over:
             return b""
         event, value = self._look(raw)
+        self.over = self.state.ended or self.state.error is not None or self.garbled is not None
         if self.garbled:
             return b""
         if event is None:
             comment = raw.startswith(b":") and self._codec.comments
             return raw if comment and raw.count(b"\n") == 2 else b""
         if self._as_array:
-            return self._item(event.data) if value is not None else b""
+            end = self._array_end() if self.state.error else b""
+            return self._item(event.data) + end if value is not None else b""
         if self._hide_usage and value and value.get("usage") and not value.get("choices"):
             return b""
         raw = raw if self._codec.strict(raw) else self._codec.frame(event)
@@ -2092,6 +2096,8 @@ class StreamRelay:
 
     def _without_null_usage(self, block: bytes) -> bytes:
         # We asked for the usage, so we take away what our asking added to every chunk.
+        if b'"usage"' not in block:
+            return block
         return block.replace(b',"usage":null', b"").replace(b', "usage": null', b"")
 
     def _item(self, data: bytes) -> bytes:
@@ -5575,34 +5581,24 @@ class _StreamSink:
                 self._refused.append(data)
             return
         out = self._relay.feed(data)
-        if self._relay.open:
-            self._write(out)
-        if self._is_over():
-            return
-        if self._relay.state.ended and self._relay.open:
-            self._finish(None)
-        elif self._reply.slow:
-            self._connection.pause()
-
-    def _write(self, out: bytes) -> None:
         if self._open:
             self._reply.write(out)
-        else:
+        elif self._relay.open:
             self._begin(out)
+        if self._relay.over:
+            self._end_early()
 
-    def _is_over(self) -> bool:
-        """Whether what came was an error, or no event of the protocol; then all is said."""
-        told = self._relay.state.error
-        if told:
-            error = told_in_band(self._target, told)
-            # Once the caller reads along, it has had the provider's own words already.
-            if self._open:
-                self._finish(error)
-            else:
-                self._fail(error)
-        elif self._relay.garbled:
-            self._fail(self._relay.garbled)
-        return self.done.done()
+    def _end_early(self) -> None:
+        """The provider has said its last word, or one that is not the protocol's."""
+        told, garbled = self._relay.state.error, self._relay.garbled
+        if garbled:
+            self._fail(garbled)
+        elif not told:
+            self._finish(None)
+        elif self._open:  # the caller has had the provider's own words already
+            self._finish(told_in_band(self._target, told))
+        else:
+            self._fail(told_in_band(self._target, told))
 
     def on_end(self) -> None:
         if self.done.done() or self._head is None:
@@ -5611,15 +5607,16 @@ class _StreamSink:
             self._set_error(self._what_was_refused(self._head, b"".join(self._refused)))
             return
         out = self._relay.finish()
-        state = self._relay.state
-        if self._relay.open:
-            self._write(out)
-        if self._is_over():
-            return
-        if not self._relay.open:
+        if self._open:
+            self._reply.write(out)
+        elif self._relay.open:
+            self._begin(out)
+        if self._relay.over:
+            self._end_early()
+        elif not self._open:
             said = f"{self._target.name} ended the stream before its first token"
             self._fail(UpstreamGarbled(said, code="upstream_empty_stream"))
-        elif state.finished or state.ended:
+        elif self._relay.state.finished:
             self._finish(None)
         else:
             said = f"{self._target.name} closed the stream before it was finished"
