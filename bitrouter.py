@@ -319,7 +319,7 @@ class Document:
     caches of providers, which compare bytes.
     """
 
-    __slots__ = ("_edits", "_spans", "_text", "value")
+    __slots__ = ("_added", "_edits", "_text", "value")
 
     def __init__(self, raw: bytes) -> None:
         """Raises BadRequest when raw is not one JSON object in UTF-8."""
@@ -335,8 +335,8 @@ class Document:
         if not isinstance(value, dict):
             raise BadRequest(f"the body must be a JSON object, not {show_json(value)}")
         self.value: JsonObject = value
-        self._spans: dict[str, tuple[int, int]] | None = None
         self._edits: list[tuple[int, int, str]] = []
+        self._added: list[str] = []
 
     def set(self, key: str, value: Json) -> None:
         """Replace a top-level value, or add it in front when there is none."""
@@ -344,9 +344,7 @@ class Document:
         if key in self.value:
             self._edits.append((*self._span(key), new))
         else:
-            start = self._text.index("{") + 1
-            comma = "," if self.value else ""
-            self._edits.append((start, start, f"{json.dumps(key)}:{new}{comma}"))
+            self._added.append(f"{json.dumps(key)}:{new}")
 
     def set_in(self, key: str, inner: str, value: Json) -> None:
         """Replace a value one level down, or add it there; key must hold an object or nothing."""
@@ -355,48 +353,58 @@ class Document:
             self.set(key, {inner: value})
             return
         start, _ = self._span(key)
-        new = json.dumps(value)
+        new = compact(value).decode()
         if inner in outer:
-            self._edits.append((*_spans(self._text, start)[inner], new))
+            self._edits.append((*_spans(self._text, start, inner)[inner], new))
         else:
             self._edits.append((start + 1, start + 1, f"{json.dumps(inner)}:{new},"))
 
     def text(self) -> bytes:
         """The document with its edits, in UTF-8."""
-        if len(self._edits) == 1:
-            start, end, new = self._edits[0]
+        edits = self._edits
+        if self._added:
+            start = self._text.index("{") + 1
+            comma = "," if self.value else ""
+            edits = [*edits, (start, start, ",".join(self._added) + comma)]
+        if len(edits) == 1:
+            start, end, new = edits[0]
             return f"{self._text[:start]}{new}{self._text[end:]}".encode()
         pieces, at = [], 0
-        for start, end, new in sorted(self._edits):
+        for start, end, new in sorted(edits):
             pieces += [self._text[at:start], new]
             at = end
         return "".join([*pieces, self._text[at:]]).encode()
 
     def forget_edits(self) -> None:
         self._edits.clear()
+        self._added.clear()
 
     def _span(self, key: str) -> tuple[int, int]:
-        quoted = f'"{key}"'
-        if self._text.count(quoted) == 1 and (
-            colon := _COLON.match(self._text, self._text.index(quoted) + len(quoted))
+        text, quoted = self._text, f'"{key}"'
+        # A letter can be spelled as \\u00xx: then what looks like the key need not be it.
+        if (
+            text.count(quoted) == 1
+            and "\\u" not in text
+            and (colon := _COLON.match(text, text.index(quoted) + len(quoted)))
         ):
-            return colon.end(), _DECODER.raw_decode(self._text, colon.end())[1]
-        if self._spans is None:
-            self._spans = _spans(self._text, self._text.index("{"))
-        return self._spans[key]
+            return colon.end(), _DECODER.raw_decode(text, colon.end())[1]
+        return _spans(text, text.index("{"), key)[key]
 
 
-def _spans(text: str, start: int) -> dict[str, tuple[int, int]]:
-    """Where each value of the valid JSON object at `start` starts and ends."""
+def _spans(text: str, start: int, wanted: str) -> dict[str, tuple[int, int]]:
+    """Where each value of the valid JSON object at `start` starts and ends.
+
+    Raises BadRequest if the wanted one is there twice: who reads it next may read the other.
+    """
     spans: dict[str, tuple[int, int]] = {}
     at = _skip(text, start + 1)
     while text[at] != "}":
         key, at = _DECODER.raw_decode(text, at)
-        start = _skip(text, _skip(text, at) + 1)
-        at = _DECODER.raw_decode(text, start)[1]
-        if key in spans:
+        begin = _skip(text, _skip(text, at) + 1)
+        at = _DECODER.raw_decode(text, begin)[1]
+        if key == wanted and key in spans:
             raise BadRequest(f"{key}: this field is given twice", param=key)
-        spans[key] = (start, at)
+        spans[key] = (begin, at)
         at = _skip(text, at)
         if text[at] == ",":
             at = _skip(text, at + 1)
@@ -443,7 +451,10 @@ def whole(value: Json) -> int:
 def compact(value: Json) -> bytes:
     """JSON as short as it gets; what cannot be encoded becomes U+FFFD."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    return text.encode("utf-8", "replace")
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return re.sub("[\ud800-\udfff]", "\ufffd", text).encode()
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -473,7 +484,8 @@ def seconds_of(text: str) -> float | None:
             return None
         with suppress(ValueError):
             h, m, s, ms = (float(part or 0) for part in parts.groups())
-            return h * 3600 + m * 60 + s + ms / 1000
+            seconds = h * 3600 + m * 60 + s + ms / 1000
+            return seconds if seconds < 1e9 else None
         return None
 
 
@@ -722,8 +734,8 @@ class BodyDecoder:
     def _size_line(self, line: bytes) -> None:
         if self._trailer >= 0:
             self._trailer += len(line)
-            if self._trailer > _MAX_TRAILER_BYTES:
-                raise BadRequest("the trailer is too long", code="malformed_http")
+            if self._trailer > _MAX_TRAILER_BYTES or b"\n" in line:
+                raise BadRequest("the trailer is malformed", code="malformed_http")
             self.done = not line
             return
         found = _CHUNK_LINE.fullmatch(line)
@@ -745,27 +757,35 @@ class Inflater:
         coding = {"x-gzip": "gzip"}.get(coding.strip().lower(), coding.strip().lower())
         if coding not in ("gzip", "deflate"):
             raise fail(f"content-encoding {printable(coding, 40)!r} is not known: use gzip")
-        self._raw_tried = coding == "gzip"
-        self._zip = zlib.decompressobj(47 if coding == "gzip" else zlib.MAX_WBITS)
+        self._zip = zlib.decompressobj(47) if coding == "gzip" else None
+        self._start = b""
 
     def feed(self, data: bytes) -> bytes:
+        if self._zip is None:
+            self._start += data
+            if len(self._start) < 2:
+                return b""
+            data = self._start
+            self._zip = zlib.decompressobj(_deflate_window(data))
         try:
             out = self._zip.decompress(data, self._limit + 1)
         except zlib.error as exc:
-            if self._raw_tried:
-                raise self._fail(f"the compressed body is broken: {exc}") from None
-            # Some senders mean raw deflate by "deflate", as old browsers did.
-            self._raw_tried, self._zip = True, zlib.decompressobj(-zlib.MAX_WBITS)
-            return self.feed(data)
-        self._raw_tried = True
+            raise self._fail(f"the compressed body is broken: {exc}") from None
         self._limit -= len(out)
         if self._limit < 0:
             raise self._fail("the compressed body is larger than allowed when unpacked")
         return out
 
     def finish(self) -> None:
-        if not self._zip.eof:
+        if self._zip is None or not self._zip.eof:
             raise self._fail("the compressed body ends too early")
+
+
+def _deflate_window(start: bytes) -> int:
+    """`deflate` should be zlib's format (RFC 1950); some senders mean raw deflate, as old browsers
+    did. Only the former begins with a multiple of 31."""
+    is_zlib = start[0] & 15 == 8 and int.from_bytes(start[:2], "big") % 31 == 0
+    return zlib.MAX_WBITS if is_zlib else -zlib.MAX_WBITS
 
 
 # ---------------------------------------------------------------------------------------------
@@ -792,10 +812,11 @@ class SseEvent(NamedTuple):
 class EventCutter:
     """Takes chunks, gives back as many whole events as there are, in their own bytes."""
 
-    __slots__ = ("_first", "_held", "_tail")
+    __slots__ = ("_first", "_held", "_held_bytes", "_tail")
 
     def __init__(self) -> None:
         self._held: list[bytes] = []  # what came since the last boundary
+        self._held_bytes = 0
         self._tail = b""  # the last bytes of it, where a boundary may begin
         self._first = True
 
@@ -828,12 +849,9 @@ class EventCutter:
 
     def _hold(self, chunk: bytes, seam: bytes) -> bytes:
         self._held.append(chunk)
+        self._held_bytes = self._held_bytes + len(chunk) if len(self._held) > 1 else len(chunk)
         self._tail = seam[-3:]
-        if len(self._held) > 1024:
-            self._held = [b"".join(self._held)]
-        if len(self._held[0]) > MAX_EVENT_BYTES or (
-            len(self._held) & 255 == 0 and sum(map(len, self._held)) > MAX_EVENT_BYTES
-        ):
+        if self._held_bytes > MAX_EVENT_BYTES:
             raise UpstreamGarbled(
                 f"the provider sent an event of more than {MAX_EVENT_BYTES >> 20} MB",
                 code="upstream_event_too_large",
@@ -1037,6 +1055,15 @@ def words_of(*values: Json) -> frozenset[str]:
     return frozenset(value.lower() for value in values if isinstance(value, str))
 
 
+def type_of(data: bytes) -> str:
+    """The `type` of an event's JSON, which names the event in two of the protocols."""
+    with suppress(ValueError, RecursionError):
+        name = dig(json.loads(data.decode()), "type")
+        if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):
+            return name
+    return "message"
+
+
 def texts_of(content: Json) -> str:
     """The text in a message's content: a string, or a list of parts of which some are text."""
     if isinstance(content, str):
@@ -1089,7 +1116,22 @@ def openai_parse_error(body: JsonObject) -> ErrorFacts | None:
     message, code = error.get("message") or error.get("detail") or "", error.get("code")
     status = whole(code) or whole(error.get("status"))
     words = words_of(error.get("type"), code, error.get("status"), error.get("param"))
-    return ErrorFacts(str(message), words, status if 400 <= status <= 599 else 0)
+    if not 400 <= status <= 599:
+        status = next((n for word, n in _OPENAI_STATUS.items() if word in words), 0)
+    return ErrorFacts(str(message), words, status)
+
+
+# wire: platform.openai.com/docs/guides/error-codes, read 2026-11: what an error object stands for
+# where no status comes with it. First match decides: codes before types.
+_OPENAI_STATUS = {
+    "rate_limit_exceeded": 429, "insufficient_quota": 429, "slow_down": 429,
+    "context_length_exceeded": 400, "content_filter": 400, "invalid_api_key": 401,
+    "model_not_found": 404, "server_is_overloaded": 503, "overloaded": 503,
+    "overloaded_error": 503, "service_unavailable_error": 503, "rate_limit_error": 429,
+    "requests": 429, "tokens": 429, "authentication_error": 401, "permission_error": 403,
+    "not_found_error": 404, "billing_error": 402, "timeout": 504, "server_error": 500,
+    "invalid_request_error": 400,
+}  # fmt: skip
 
 
 def _chat_usage(body: JsonObject) -> Usage | None:
@@ -1130,7 +1172,10 @@ def _chat_dull(block: bytes) -> bool:
     )
 
 
-_CHAT_SUBSTANCE = ("content", "reasoning_content", "reasoning", "refusal", "tool_calls", "audio")
+_CHAT_SUBSTANCE = (
+    "content", "reasoning_content", "reasoning", "reasoning_details", "refusal", "tool_calls",
+    "function_call", "audio",
+)  # fmt: skip
 
 
 def _chat_note(state: StreamState, chunk: JsonObject) -> None:
@@ -1141,7 +1186,7 @@ def _chat_note(state: StreamState, chunk: JsonObject) -> None:
         if dig(choice, "finish_reason"):
             state.finished = state.started = True
         delta = dig(choice, "delta") or {}
-        if any(dig(delta, key) for key in (*_CHAT_SUBSTANCE, "function_call")):
+        if any(dig(delta, key) for key in _CHAT_SUBSTANCE):
             state.started = True
         if dig(choice, "text"):  # the older /v1/completions
             state.started = True
@@ -1332,8 +1377,7 @@ def _responses_note(state: StreamState, event: JsonObject) -> None:
 
 
 def _responses_frame(event: SseEvent) -> bytes:
-    named = re.search(rb'"type"\s*:\s*"([a-z_.]+)"', event.data)
-    return sse_encode(event.data, event.event or (named[1].decode() if named else "message"))
+    return sse_encode(event.data, event.event or type_of(event.data))
 
 
 def _responses_fail_stream(error: BitrouterError, state: StreamState, last: bytes) -> bytes:
@@ -1478,8 +1522,7 @@ def _messages_note(state: StreamState, event: JsonObject) -> None:
 def _messages_frame(event: SseEvent) -> bytes:
     if event.data == b"[DONE]":
         return b""
-    named = re.search(rb'"type"\s*:\s*"([a-z_]+)"', event.data)
-    return sse_encode(event.data, event.event or (named[1].decode() if named else "message"))
+    return sse_encode(event.data, event.event or type_of(event.data))
 
 
 def _messages_fail_stream(error: BitrouterError, state: StreamState, last: bytes) -> bytes:  # noqa: ARG001
@@ -3735,7 +3778,7 @@ class Health:
     def __init__(self, breaker: Breaker) -> None:
         self.breaker = breaker
         self._records: dict[tuple[str, str, str], _Record] = {}
-        self._turns: dict[str, int] = {}  # provider -> how often its accounts have taken turns
+        self._turns: dict[tuple[str, str], int] = {}  # whose account comes first, by model
 
     def order(self, chain: tuple[Target, ...], now: float) -> tuple[Target, ...]:
         """A chain as it should be tried now: turns taken, those who cool down last."""
@@ -3801,14 +3844,16 @@ class Health:
         out: list[Target] = []
         at = 0
         while at < len(chain):
-            provider = chain[at].provider
+            provider, model = chain[at].provider, chain[at].model
             end = at
-            while end < len(chain) and chain[end].provider == provider:
+            while end < len(chain) and (chain[end].provider, chain[end].model) == (provider, model):
                 end += 1
             run = chain[at:end]
             if run[0].balanced and len(run) > 1:
-                turn = self._turns.get(provider, 0)
-                self._turns[provider] = (turn + 1) % len(run)
+                turn = self._turns.get((provider, model), 0)
+                if len(self._turns) > _MAX_HEALTH:
+                    self._turns.clear()
+                self._turns[provider, model] = (turn + 1) % len(run)
                 run = run[turn % len(run) :] + run[: turn % len(run)]
             out += run
             at = end
@@ -3822,7 +3867,8 @@ class Health:
 # word; `call NAME {json}` makes it call that tool; a JSON schema makes it return the schema's
 # smallest instance.
 
-_CALL = re.compile(r"\bcall\s+([\w.-]{1,128})\s*(\{.*\})?", re.DOTALL)
+_CALL = re.compile(r"\bcall\s+([\w.-]{1,128})\s*")
+_MAX_SCHEMA_NODES = 1000
 
 
 def echo_parts(prompt: Prompt) -> list[StreamPart]:
@@ -3835,14 +3881,14 @@ def echo_parts(prompt: Prompt) -> list[StreamPart]:
 
 
 def _echo_answer(prompt: Prompt) -> list[StreamPart]:
-    wanted = _CALL.search(prompt.text)
-    if wanted and wanted[1] in prompt.tools:
-        arguments = (wanted[2] or "{}").strip()
-        with suppress(ValueError):
-            value, end = _ECHO_DECODER.raw_decode(arguments)
-            return [ToolCall("call_echo_1", wanted[1], json.dumps(value))] if end else []
+    for wanted in _CALL.finditer(prompt.text):
+        if wanted[1] in prompt.tools:
+            with suppress(ValueError):
+                rest = prompt.text[wanted.end() :] or "{}"
+                value, _ = _ECHO_DECODER.raw_decode(rest if rest.startswith("{") else "{}")
+                return [ToolCall("call_echo_1", wanted[1], json.dumps(value))]
     if prompt.schema is not None:
-        return [TextDelta(json.dumps(smallest(prompt.schema, prompt.schema)))]
+        return [TextDelta(json.dumps(smallest(prompt.schema)))]
     return [TextDelta(word) for word in re.findall(r"\s*\S+\s*$|\s*\S+", prompt.text)] or [
         TextDelta("(nothing was said)")
     ]
@@ -3851,38 +3897,55 @@ def _echo_answer(prompt: Prompt) -> list[StreamPart]:
 _ECHO_DECODER = json.JSONDecoder()
 
 
-def smallest(schema: Json, root: JsonObject, depth: int = 0) -> Json:
+def smallest(schema: JsonObject) -> Json:
     """The smallest value that a JSON schema allows, as far as it can be told simply."""
-    if not isinstance(schema, dict) or depth > 32:
+    return _smallest(schema, schema, [_MAX_SCHEMA_NODES], 0)
+
+
+def _smallest(schema: Json, root: JsonObject, left: list[int], depth: int) -> Json:
+    """left: how many more values may be made, for schemas that double at every step."""
+    left[0] -= 1
+    if not isinstance(schema, dict) or depth > 32 or left[0] < 0:
         return None
-    if "const" in schema or schema.get("enum"):
+    if "const" in schema or (isinstance(schema.get("enum"), list) and schema["enum"]):
         return schema["const"] if "const" in schema else schema["enum"][0]
     other = _stands_for(schema, root)
     if other is not None:
-        return smallest(other, root, depth + 1)
+        return _smallest(other, root, left, depth + 1)
     kind = schema.get("type", "object" if "properties" in schema else None)
     kind = kind[0] if isinstance(kind, list) and kind else kind
+    if kind == "object":
+        required = schema.get("required")
+        wanted = required if isinstance(required, list) else []
+        return {
+            name: _smallest(dig(schema, "properties", name), root, left, depth + 1)
+            for name in wanted
+            if isinstance(name, str)
+        }
+    if kind == "array":
+        count = min(whole(schema.get("minItems")), 16)
+        return [_smallest(schema.get("items"), root, left, depth + 1) for _ in range(count)]
+    return _smallest_scalar(kind, schema)
+
+
+def _smallest_scalar(kind: Json, schema: JsonObject) -> Json:
+    least = schema.get("minimum")
     match kind:
-        case "object":
-            properties = schema.get("properties") or {}
-            wanted = [name for name in properties if name in (schema.get("required") or ())]
-            value: Json = {name: smallest(properties[name], root, depth + 1) for name in wanted}
-        case "array":
-            count = min(whole(schema.get("minItems")), 16)
-            value = [smallest(schema.get("items"), root, depth + 1)] * count
         case "string":
-            value = "x" * min(whole(schema.get("minLength")), 1000)
-        case "number" | "integer":
-            value = whole(schema.get("minimum"))
-        case _:
-            value = False if kind == "boolean" else None
-    return value
+            return "x" * min(whole(schema.get("minLength")), 1000)
+        case "integer":
+            return -int(-least // 1) if isinstance(least, int | float) and 0 < least < 1e15 else 0
+        case "number":
+            return least if isinstance(least, int | float) and least > 0 else 0
+    return False if kind == "boolean" else None
 
 
 def _stands_for(schema: JsonObject, root: JsonObject) -> Json:
     """The schema that a reference or a choice leads to."""
     if isinstance(schema.get("$ref"), str):
-        return dig(root, *schema["$ref"].removeprefix("#/").split("/")) or {}
+        steps = schema["$ref"].removeprefix("#").strip("/").split("/")
+        unescaped = [step.replace("~1", "/").replace("~0", "~") for step in steps if step]
+        return dig(root, *unescaped) or {}
     choices = [schema[word] for word in ("anyOf", "oneOf", "allOf") if schema.get(word)]
     return dig(choices, 0, 0)
 
@@ -3941,8 +4004,11 @@ class LogWriter(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """What comes by way of `logging`: the message is `event key=value ...` already."""
         said = record.getMessage()
+        if not self._as_json:
+            said = said.replace("\r", "\\r").replace("\n", "\\n")
         if record.exc_info:
-            said += " " + logging.Formatter().formatException(record.exc_info)
+            trace = logging.Formatter().formatException(record.exc_info)
+            said += "\n    " + trace.replace("\n", "\n    ")
         said = self._redacted(said)
         level = record.levelname.lower()
         if self._as_json:
@@ -4708,7 +4774,8 @@ class Errand:
         """Wait until the coroutine is through."""
         if self._finished is None:
             self._finished = self._loop.create_future()
-        await self._finished
+        if not self.done:
+            await self._finished
 
     def _go_on(self, _: object = None) -> None:
         self._waiting_for = None
@@ -4718,10 +4785,12 @@ class Errand:
                 step = self._work.throw(asyncio.CancelledError())
             else:
                 step = self._work.send(None)
-        except (StopIteration, asyncio.CancelledError):
+        except BaseException as end:
             self.done = True
             if self._finished and not self._finished.done():
                 self._finished.set_result(None)
+            if not isinstance(end, StopIteration | asyncio.CancelledError):
+                raise  # a bug: the loop reports it
             return
         if step is None:  # asyncio.sleep(0)
             self._loop.call_soon(self._go_on)
@@ -4730,6 +4799,8 @@ class Errand:
         step._asyncio_future_blocking = False  # noqa: SLF001
         step.add_done_callback(self._go_on)
         self._waiting_for = step
+        if self._cancelled:  # while it ran
+            self.cancel()
 
 
 def caller_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str]:
@@ -5254,8 +5325,8 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
     if target.provider == "echo":
         await _echo(app, call, reply)
         return None
-    now = time.monotonic()
-    app.health.begin(target, now, target.timeouts.total_s)
+    if call.op.generates:
+        app.health.begin(target, time.monotonic(), target.timeouts.total_s)
     try:
         await _exchange(app, call, reply, target)
     except UpstreamError as error:
@@ -5269,10 +5340,11 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
     except BaseException:
         app.health.abandoned(target)
         raise
-    if call.broke is None:
-        app.health.succeeded(target)
-    elif isinstance(call.broke, UpstreamError):
-        app.health.failed(target, call.broke, time.monotonic())
+    if call.op.generates:
+        if call.broke is None:
+            app.health.succeeded(target)
+        elif isinstance(call.broke, UpstreamError):
+            app.health.failed(target, call.broke, time.monotonic())
     return None
 
 
@@ -5320,8 +5392,8 @@ def _pause_s(app: App, error: UpstreamError, retries: int) -> float | None:
 def _sum_up(call: Call) -> UpstreamError:
     """One error for a chain of failures, with the status that fits them all."""
     errors = [attempt.error for attempt in call.failed]
-    if len(errors) == 1:
-        return errors[0]
+    if len(errors) == 1 or isinstance(errors[-1], UpstreamSurpassed):
+        return errors[-1]
     named = "; ".join(_counted([error.message for error in errors]))
     waits = [e.retry_after_s for e in errors if e.retry_after_s is not None]
     statuses = {error.status for error in errors}
@@ -5412,7 +5484,8 @@ def build_request(app: App, call: Call, target: Target, path: str) -> bytes:
         travels = name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES)
         if travels and name not in _CREDENTIALS and name not in target.headers:
             lines.append(f"{name}: {value}\r\n")
-    if call.op.protocol is ApiProtocol.MESSAGES and "anthropic-version" not in call.headers:
+    given = "anthropic-version" in call.headers or "anthropic-version" in target.headers
+    if call.op.protocol is ApiProtocol.MESSAGES and not given:
         lines.append(f"anthropic-version: {_ANTHROPIC_VERSION}\r\n")
     lines.append(
         f"content-type: {content_type}\r\naccept-encoding: identity\r\n"
@@ -5594,7 +5667,7 @@ class _StreamSink:
         if garbled:
             self._fail(garbled)
         elif not told:
-            self._finish(None)
+            self._finish(None) if self._open else self._fail(self._nothing_came())
         elif self._open:  # the caller has had the provider's own words already
             self._finish(told_in_band(self._target, told))
         else:
@@ -5614,8 +5687,7 @@ class _StreamSink:
         if self._relay.over:
             self._end_early()
         elif not self._open:
-            said = f"{self._target.name} ended the stream before its first token"
-            self._fail(UpstreamGarbled(said, code="upstream_empty_stream"))
+            self._fail(self._nothing_came())
         elif self._relay.state.finished:
             self._finish(None)
         else:
@@ -5623,7 +5695,14 @@ class _StreamSink:
             self._fail(UpstreamGarbled(said, code="upstream_disconnected"))
 
     def on_fail(self, error: UpstreamError) -> None:
-        self._fail(error)
+        if self._open and self._relay.state.finished:
+            self.on_end()  # the model had said all; how the connection ended is no matter
+        else:
+            self._fail(error)
+
+    def _nothing_came(self) -> UpstreamError:
+        said = f"{self._target.name} ended the stream before its first token"
+        return UpstreamGarbled(said, code="upstream_empty_stream")
 
     def _begin(self, out: bytes) -> None:
         """The first bytes: from here on this target's answer is the answer."""
@@ -5733,8 +5812,8 @@ class _RawSink:
         if self._reply.status and not self.done.done():
             self._reply.on_flow = None
             self._call.broke = error
-            self._reply.cut()
             self.done.set_result(None)
+            self._reply.cut()
         else:
             self._set_error(error)
 
@@ -5913,7 +5992,8 @@ def _retry_headers(error: BitrouterError) -> Headers:
         headers["retry-after-ms"] = str(max(0, round(wait_s * 1000)))
     # Anthropic's SDK would sleep for as long as it is told, OpenAI's would try in vain.
     per_day = isinstance(error, UpstreamLimited) and "PerDay" in error.message
-    if isinstance(error, UpstreamNoCredit) or per_day or (wait_s or 0) > _TOO_LONG_A_WAIT_S:
+    no_credit = isinstance(error, UpstreamError) and error.kind is Kind.BILLING
+    if no_credit or per_day or (wait_s or 0) > _TOO_LONG_A_WAIT_S:
         headers["x-should-retry"] = "false"
     return headers
 
