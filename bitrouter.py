@@ -433,6 +433,16 @@ def maybe(obj: JsonObject, key: str, kind: type[T]) -> T | None:
     return value
 
 
+def listed(value: Json) -> list[Json]:
+    """A list from JSON of unknown shape; empty for anything else."""
+    return value if isinstance(value, list) else []
+
+
+def table(value: Json) -> JsonObject:
+    """An object from JSON of unknown shape; empty for anything else."""
+    return value if isinstance(value, dict) else {}
+
+
 def dig(value: Json, *path: str | int) -> Json:
     """Follow a path into JSON of unknown shape; None as soon as it leads nowhere."""
     for step in path:
@@ -1182,10 +1192,10 @@ def _chat_note(state: StreamState, chunk: JsonObject) -> None:
     if error := openai_parse_error(chunk):
         state.error = error
     state.usage = _chat_usage(chunk) or state.usage
-    for choice in chunk.get("choices") or ():
+    for choice in listed(chunk.get("choices")):
         if dig(choice, "finish_reason"):
             state.finished = state.started = True
-        delta = dig(choice, "delta") or {}
+        delta = table(dig(choice, "delta"))
         if any(dig(delta, key) for key in _CHAT_SUBSTANCE):
             state.started = True
         if dig(choice, "text"):  # the older /v1/completions
@@ -1357,16 +1367,16 @@ def _responses_dull(block: bytes) -> bool:
 
 
 def _responses_note(state: StreamState, event: JsonObject) -> None:
-    kind = event.get("type") or ""
-    response = event.get("response")
-    if isinstance(response, dict):
+    kind = str(event.get("type"))
+    response = table(event.get("response"))
+    if response:
         state.usage = _responses_usage(response) or state.usage
         state.memo["response"] = response
     state.memo["sequence_number"] = whole(event.get("sequence_number"))
     if kind in _RESPONSES_FINISHED:
         state.started = state.finished = state.ended = True
     elif kind == "response.failed":
-        state.error = openai_parse_error(response or {}) or ErrorFacts("", frozenset())
+        state.error = openai_parse_error(response) or ErrorFacts("", frozenset())
     elif kind == "error":
         # wire: flat in the documentation, nested in a `error` object from some servers
         state.error = openai_parse_error(event if event.get("error") else {"error": event})
@@ -1498,7 +1508,7 @@ def _messages_dull(block: bytes) -> bool:
 def _messages_note(state: StreamState, event: JsonObject) -> None:
     match event.get("type"):
         case "message_start":
-            state.memo["usage"] = dict(dig(event, "message", "usage") or {})
+            state.memo["usage"] = dict(table(dig(event, "message", "usage")))
             state.usage = _messages_sum(state.memo["usage"])
         case "content_block_start":
             state.started = state.started or dig(event, "content_block", "type") != "text"
@@ -1508,7 +1518,7 @@ def _messages_note(state: StreamState, event: JsonObject) -> None:
             state.started = True
             state.finished = state.finished or bool(dig(event, "delta", "stop_reason"))
             # wire: cumulative; what it does not name keeps its value from message_start
-            told = {k: v for k, v in (dig(event, "usage") or {}).items() if v is not None}
+            told = {k: v for k, v in table(event.get("usage")).items() if v is not None}
             state.memo["usage"] = {**state.memo.get("usage", {}), **told}
             state.usage = _messages_sum(state.memo["usage"])
         case "message_stop":
@@ -1696,9 +1706,9 @@ def _gemini_parse_error(body: JsonObject) -> ErrorFacts | None:
     error = body.get("error")
     if not error:
         return None
-    details = dig(error, "details") or []
+    details = listed(dig(error, "details"))
     words = [dig(error, "status"), *(dig(d, "reason") for d in details)]
-    violations = [v for d in details for v in dig(d, "violations") or ()]
+    violations = [v for d in details for v in listed(dig(d, "violations"))]
     words += [dig(v, "quotaId") for v in violations]
     delays = [seconds_of(str(dig(d, "retryDelay"))) for d in details if dig(d, "retryDelay")]
     retry_after_s = next((s for s in delays if s is not None), None)
@@ -1746,7 +1756,7 @@ def _gemini_note(state: StreamState, chunk: JsonObject) -> None:
     if "error" in chunk:
         state.error = _gemini_parse_error(chunk)
     state.usage = _gemini_usage(chunk) or state.usage
-    for candidate in chunk.get("candidates") or ():
+    for candidate in listed(chunk.get("candidates")):
         if dig(candidate, "finishReason"):
             state.started = state.finished = True
         if dig(candidate, "content", "parts"):
@@ -1888,7 +1898,7 @@ _FILTERED_WORDS = {
     "responsibleaipolicyviolation", "moderation",
 }  # fmt: skip
 _NO_MODEL_TEXT = re.compile(
-    r"model\b.{0,120}(not found|does not exist|not supported)|no such model|^model: ",
+    r"models?\b.{0,120}(not found|does not exist|not supported)|no such model|^model: ",
     re.IGNORECASE | re.DOTALL,
 )
 _KINDS = {
@@ -2049,6 +2059,7 @@ class StreamRelay:
         """What is left when the provider has closed a stream that it had finished."""
         rest = self._cutter.finish()
         out = self._take(rest) if rest else b""
+        self.settle()
         if self.state.finished and not self.over:
             out += self._codec.end_mark + self._array_end()
         return out
@@ -2061,9 +2072,10 @@ class StreamRelay:
         return self._codec.fail_stream(error, self.state, self._last)
 
     def settle(self) -> None:
-        """Note what the last block says: a running total of usage, for instance."""
-        for raw in split_events(self._last):
-            self._look(raw)
+        """Note the running total of usage in the last block that nobody looked into."""
+        if self.state.usage is None:
+            for raw in split_events(self._last):
+                self._look(raw)
 
     def _take(self, block: bytes) -> bytes:
         if self.open:
@@ -2091,11 +2103,11 @@ class StreamRelay:
         if not self._as_array and codec.dull(block) and codec.strict(block):
             self._last = block
             return self._without_null_usage(block) if self._hide_usage else block
-        middle = block.find(b"\n\n", len(block) // 2) + 2
+        half = len(block) // 2
+        middle = block.find(b"\n\n", half) + 2
         if middle < 2 or middle >= len(block):
-            middle = block.find(b"\n\n") + 2
-        if middle < 2 or middle >= len(block):
-            self._last = b""
+            middle = block.rfind(b"\n\n", 0, half) + 2
+        if middle < 2:
             return b"".join([self._pass(raw) for raw in split_events(block)])
         return self._sift(block[:middle]) + self._sift(block[middle:])
 
@@ -2111,8 +2123,8 @@ class StreamRelay:
             comment = raw.startswith(b":") and self._codec.comments
             return raw if comment and raw.count(b"\n") == 2 else b""
         if self._as_array:
-            end = self._array_end() if self.state.error else b""
-            return self._item(event.data) + end if value is not None else b""
+            item = self._item(event.data) if value is not None else b""
+            return item + self._array_end() if self.over else item
         if self._hide_usage and value and value.get("usage") and not value.get("choices"):
             return b""
         raw = raw if self._codec.strict(raw) else self._codec.frame(event)
@@ -2167,8 +2179,8 @@ class Provider(NamedTuple):
         env: variables that may hold its key; the first one is named when a key is missing.
         kind: `api` sells its own or others' models, `gateway` passes on to many, `local` runs
             on this machine, `plan` is a subscription: used only when it is asked for by name.
-        auth: header that carries the key: `bearer` is Authorization, `native` is x-api-key for
-            Messages and Authorization for the rest, anything else is a header's name.
+        auth: `native` carries the key as each protocol's own vendor wants it, `bearer` always
+            in Authorization.
         full_ids: its own model ids are spelled lab/model.
         headers: sent with every request, by the configuration's wish.
     """
@@ -2194,7 +2206,7 @@ def _row(ident: str, spoken: str, base: str, env: str = "", *kinds: str, **more:
     """spoken: protocols by letter, the usual one first; m, c: another base for one of them."""
     own_env = (env or ident.upper().replace("-", "_") + "_API_KEY").split()
     bases = {_PROTOCOL_LETTERS[p]: more.get(p) or base for p in spoken}
-    auth = "bearer" if "bearer" in kinds else more.get("auth", "native")
+    auth = "bearer" if "bearer" in kinds else "native"
     kind = next((k for k in kinds if k in ("gateway", "plan", "local")), "api")
     return Provider(ident, bases, tuple(own_env), kind, auth, "full" in kinds)
 
@@ -2208,9 +2220,9 @@ PROVIDERS: dict[str, Provider] = {p.id: p for p in (
     _row("anthropic", "m", "https://api.anthropic.com/v1"),
     _row("google", "gc", "https://generativelanguage.googleapis.com/v1beta",
          "GEMINI_API_KEY GOOGLE_API_KEY",
-         auth="x-goog-api-key", c="https://generativelanguage.googleapis.com/v1beta/openai"),
+         c="https://generativelanguage.googleapis.com/v1beta/openai"),
     _row("vertex", "g", "https://aiplatform.googleapis.com/v1/publishers/google",
-         "VERTEX_EXPRESS_API_KEY", auth="x-goog-api-key"),
+         "VERTEX_EXPRESS_API_KEY"),
     _row("azure", "cr", "https://${AZURE_OPENAI_RESOURCE}.openai.azure.com/openai/v1",
          "AZURE_OPENAI_API_KEY", "bearer"),
     _row("aws-bedrock", "cr", "https://bedrock-mantle.${AWS_REGION:-us-east-1}.api.aws/v1",
@@ -2720,6 +2732,9 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
 # reports everything that does not fit, each with its line. Adding a key is adding a field.
 
 
+ECHO_MODEL = "echo/echo"  # the built-in model; nobody else may be called so
+
+
 def _key(default: T, *, low: float | None = None, words: tuple[str, ...] = ()) -> T:
     """A field with limits: a least value, or the words that it may be."""
     return field(default=default, metadata={"low": low, "words": words})
@@ -2886,7 +2901,7 @@ def parse_config(text: str, environ: Mapping[str, str], name: str = "bitrouter.t
     """Read a configuration: TOML, or JSON if its name ends in .json. Never raises."""
     try:
         raw = _parse_text(text, name)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         return Loaded(Config(), [f"{name}: {exc}"], [])
     reader = _Reader(environ)
     config = reader.table(Config, raw, ())
@@ -2964,7 +2979,7 @@ class _Reader:
 
     def _plain(self, kind: Any, raw: Json, path: Path_) -> Any:
         wanted = str if kind is Secret else kind
-        if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        if kind is float and type(raw) is int and abs(raw) < 1e15:
             raw = float(raw)
         if not isinstance(raw, wanted) or (wanted is int and isinstance(raw, bool)):
             return self._mismatch(path, _PLAIN_NAMES[wanted], raw)
@@ -2982,7 +2997,7 @@ class _Reader:
             spoken = tuple(p for name in listed if (p := self._protocol(name, path)))
             rules.append((str(glob), spoken))
         # the longest glob wins, as the most particular one
-        return ProtocolRules(tuple(sorted(rules, key=lambda rule: -len(rule[0]))))
+        return ProtocolRules(tuple(sorted(rules, key=lambda rule: ("*" in rule[0], -len(rule[0])))))
 
     def _protocol(self, name: Json, path: Path_) -> ApiProtocol | None:
         protocol = PROTOCOL_NAMES.get(name) if isinstance(name, str) else None
@@ -2994,7 +3009,7 @@ class _Reader:
     def _limits(self, limits: Mapping[str, Any], value: Any, path: Path_) -> None:
         low, words = limits.get("low"), limits.get("words")
         if low is not None and not low <= value < 1e12:
-            self.problem(path, f"{_dotted(path)}: expected {low:g} or more, got {value:g}")
+            self.problem(path, f"{_dotted(path)}: expected {low:g} or more, got {show_json(value)}")
         if words and value not in words:
             said = f"expected one of {', '.join(words)}, got {show_json(value)}"
             self.problem(path, f"{_dotted(path)}: {said}")
@@ -3010,9 +3025,13 @@ class _Reader:
         self.found.append((path, said))
 
     def _mismatch(self, path: Path_, wanted: str, raw: Json) -> None:
-        self.problem(path, f"{_dotted(path)}: expected {wanted}, got {show_json(raw)}")
+        # Below these two, a value in the wrong place may well be a key.
+        hidden = path[:1] in (("providers",), ("keys",)) and type(raw) in _JSON_KINDS
+        shown = _JSON_KINDS[type(raw)] if hidden else show_json(raw)
+        self.problem(path, f"{_dotted(path)}: expected {wanted}, got {shown}")
 
 
+_JSON_KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "a table"}
 _EMPTY = {Secret: Secret(""), str: "", tuple[Endpoint, ...]: ()}
 _PLAIN_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
@@ -3067,10 +3086,12 @@ class _Lines:
         """`file:line` of a key, of the nearest thing around it, or of the file."""
         names = [str(part) for part in path if isinstance(part, str)]
         at = self._toml(names) if not self._name.endswith(".json") else self._json(names)
+        if at and not self._name.endswith(".json") and any(isinstance(p, int) for p in path):
+            at = self._nth(path, at)
         return f"{self._name}:{at}" if at else self._name
 
     def _toml(self, names: list[str]) -> int:
-        best, depth, table = 0, -1, []
+        best, depth, table = 0, -1, list[str]()
         for number, line in enumerate(self._lines, 1):
             if header := re.match(r"\s*\[\[?\s*(.+?)\s*\]\]?\s*(#.*)?$", line):
                 table = _split_key(header[1])
@@ -3085,6 +3106,28 @@ class _Lines:
             if here == names[: len(here)] and score > depth:
                 best, depth = number, score
         return best
+
+    def _nth(self, path: Path_, start: int) -> int:
+        """The line of the i-th entry of the list that begins at a line, as far as it can be told:
+        entries are tables, in `[[...]]` or in braces."""
+        index = next(part for part in path if isinstance(part, int))
+        above = [str(part) for part in path[: path.index(index)]]
+        headers = [
+            number
+            for number, line in enumerate(self._lines, 1)
+            if (found := re.match(r"\s*\[\[\s*(.+?)\s*\]\]", line))
+            and _split_key(found[1]) == above
+        ]
+        if headers:
+            within = headers[index] if index < len(headers) else start
+            last = [re.match(rf"\s*{re.escape(str(path[-1]))}\s*=", line) for line in self._lines]
+            return next((n + 1 for n in range(within, len(last)) if last[n]), within)
+        seen = -1
+        for number in range(start, len(self._lines) + 1):
+            seen += self._lines[number - 1].count("{")
+            if seen >= index:
+                return number
+        return start
 
     def _json(self, names: list[str]) -> int:
         at = 0
@@ -3108,13 +3151,24 @@ def _split_key(text: str) -> list[str]:
 def _check_references(config: Config, reader: _Reader) -> None:
     for ident, provider in config.providers.items():
         _check_provider(ident, provider, reader)
+    at: Path_
+    names: dict[str, str] = {}
+    for ident in config.providers:
+        other = names.setdefault(provider_id(ident), ident)
+        if other != ident or ident == "echo":
+            said = f"is the same provider as {other}" if other != ident else "is built in"
+            reader.problem(("providers", ident), f"providers.{ident}: {ident} {said}")
+    told = {path[:2] for path, _ in reader.found}
     for name, model in config.models.items():
-        if not model.endpoints:
-            reader.problem(("models", name), f"models.{name}.endpoints: expected at least one")
+        if name == ECHO_MODEL:
+            reader.problem(("models", name), f"models.{name}: this model is built in")
+        if not model.endpoints and ("models", name) not in told:
+            at = ("models", name, "endpoints")
+            reader.problem(at, f"{_dotted(at)}: expected at least one")
         for i, endpoint in enumerate(model.endpoints):
             known = {*config.providers, *PROVIDERS, *ALIASES}
             if endpoint.provider not in known:
-                at: Path_ = ("models", name, "endpoints", i, "provider")
+                at = ("models", name, "endpoints", i, "provider")
                 near = near_misses(endpoint.provider, known, 1)
                 hint = f"did you mean {near[0]}?" if near else "`bitrouter providers` lists them"
                 said = f"there is no provider {endpoint.provider!r}; {hint}"
@@ -3130,10 +3184,16 @@ def _check_provider(ident: str, provider: ProviderConfig, reader: _Reader) -> No
         reader.problem(at, f"providers.{ident}: this provider is not known; {hint}")
     if provider.api_key and provider.accounts:
         reader.problem(at, f"providers.{ident}: give api_key or accounts, not both")
-    bases = [provider.api_base, *(account.api_base for account in provider.accounts)]
-    for base in filter(None, bases):
-        if wrong := base_problem(base):
-            reader.problem((*at, "api_base"), f"providers.{ident}.api_base: {wrong}")
+    bases: list[tuple[Path_, str]] = [((*at, "api_base"), provider.api_base)]
+    for i, account in enumerate(provider.accounts):
+        bases.append(((*at, "accounts", i, "api_base"), account.api_base))
+    for where, base in bases:
+        if base and (wrong := base_problem(base)):
+            reader.problem(where, f"{_dotted(where)}: {wrong}")
+    labels = [_label(account, i) for i, account in enumerate(provider.accounts, 1)]
+    for label in {label for label in labels if labels.count(label) > 1}:
+        where = (*at, "accounts")
+        reader.problem(where, f"{_dotted(where)}: two accounts are labelled {show_json(label)}")
     for name, value in provider.extra_headers.items():
         if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or not is_header_text(value):
             where = (*at, "extra_headers", name)
@@ -3179,7 +3239,9 @@ def base_problem(base: str) -> str:
     except ValueError as exc:
         return f"not a URL: {exc}"
     if url.scheme not in ("http", "https") or not host or not is_header_text(base) or " " in base:
-        return f"expected http(s)://HOST/PATH, got {show_json(base)}"
+        return (
+            f"expected http(s)://HOST/PATH, got {url.scheme or '?'}://{printable(host) or '?'}/..."
+        )
     if url.query or url.fragment or url.username:
         return "a base has no query, fragment or user; use extra_headers or api_key"
     if url.scheme == "http" and not _is_near(host):
@@ -3194,6 +3256,8 @@ def _is_near(host: str) -> bool:
     with suppress(ValueError):
         address = ipaddress.ip_address(host)
         return address.is_private or address.is_loopback or address.is_link_local
+    if re.fullmatch(r"[0-9.]+|0x[0-9a-f.]+", host):  # an address in disguise
+        return False
     local = (".local", ".internal", ".lan", ".localhost", ".home", ".intranet", ".svc")
     return "." not in host or host.endswith((*local, ".cluster.local"))
 
@@ -3249,9 +3313,8 @@ def _unknown_provider(ident: str, given: ProviderConfig) -> Provider:
     for model in given.models:
         spoken |= {p for _, protocols in model.api_protocol.rules for p in protocols}
     ordered = [p for p in ApiProtocol if p in spoken] or [ApiProtocol.CHAT_COMPLETIONS]
-    auth = {ApiProtocol.GENERATE_CONTENT: "x-goog-api-key"}.get(ordered[0], "native")
     env = (ident.upper().replace("-", "_") + "_API_KEY",)
-    return Provider(ident, dict.fromkeys(ordered, given.api_base), env, auth=auth)
+    return Provider(ident, dict.fromkeys(ordered, given.api_base), env)
 
 
 def _activate(
@@ -3262,6 +3325,9 @@ def _activate(
     warnings: list[str],
 ) -> ActiveProvider | None:
     keys, enabled_by = _keys(known, given, environ)
+    if not all(is_header_text(key.reveal()) for _, key in keys):
+        warnings.append(f"{enabled_by} is ignored: it holds a character that no header may hold")
+        keys = []
     override, by_base = _base_override(known, given, config, environ, warnings)
     if not keys and (known.kind == "local" or known.id not in PROVIDERS) and override:
         keys, enabled_by = [("", Secret(""))], by_base
@@ -3274,7 +3340,7 @@ def _activate(
             warnings.append(f"{known.id} is off: {enabled_by} is set, but {missing[0]} is not")
             return None
     given = given or ProviderConfig()
-    own_bases = {account.label: account.api_base for account in given.accounts}
+    own_bases = {_label(a, i): a.api_base.rstrip("/") for i, a in enumerate(given.accounts, 1)}
     accounts = tuple(
         Account(label, key, _rebased(known, own) if (own := own_bases.get(label)) else bases)
         for label, key in keys
@@ -3300,7 +3366,7 @@ def _keys(
     known: Provider, given: ProviderConfig | None, environ: Mapping[str, str]
 ) -> tuple[list[tuple[str, Secret]], str]:
     if given and given.accounts:
-        named = [(a.label or str(i), a.api_key) for i, a in enumerate(given.accounts, 1)]
+        named = [(_label(a, i), a.api_key) for i, a in enumerate(given.accounts, 1)]
         return [(label, key) for label, key in named if key], "the configuration"
     if given and given.api_key:
         return _split_keys(given.api_key.reveal()), "the configuration"
@@ -3308,6 +3374,10 @@ def _keys(
         if keys := _split_keys(environ.get(name, "")):
             return keys, name
     return [], ""
+
+
+def _label(account: AccountConfig, number: int) -> str:
+    return account.label or str(number)
 
 
 def _split_keys(text: str) -> list[tuple[str, Secret]]:
@@ -3321,7 +3391,7 @@ def _split_keys(text: str) -> list[tuple[str, Secret]]:
 def base_variables(known: Provider) -> list[str]:
     """The variables that may hold another base: OPENAI_BASE_URL; GOOGLE_ or GEMINI_BASE_URL."""
     stems = [known.id.upper().replace("-", "_")]
-    stems += [name.removesuffix("_API_KEY") for name in known.env if name.endswith("_API_KEY")]
+    stems += [name.removesuffix("_API_KEY") for name in known.env[:1] if name.endswith("_API_KEY")]
     return [f"{stem}_BASE_URL" for stem in dict.fromkeys(stems)]
 
 
@@ -3332,20 +3402,23 @@ def _base_override(
     environ: Mapping[str, str],
     warnings: list[str],
 ) -> tuple[str, str]:
-    if given and given.api_base:
-        return given.api_base.rstrip("/"), "the configuration"
     name = next((name for name in base_variables(known) if environ.get(name)), "")
     base = environ.get(name, "").strip().rstrip("/")
+    if given and given.api_base:
+        name, base = f"providers.{known.id}.api_base", given.api_base.rstrip("/")
     if not base:
         return "", ""
     if wrong := base_problem(base):
         warnings.append(f"{name} is ignored: {wrong}")
         return "", ""
     url = urlsplit(base)
-    if is_loopback(url.hostname or "") and config.server.listen.endswith(f":{url.port}"):
+    port = url.port or (443 if url.scheme == "https" else 80)
+    if is_loopback(url.hostname or "") and config.server.listen.endswith(f":{port}"):
         # People export ANTHROPIC_BASE_URL to point their agent here, and then start us.
         warnings.append(f"{name} is ignored: it points at this server itself")
         return "", ""
+    if given and given.api_base:
+        return base, "the configuration"
     return (base if url.path else base + _path_of(next(iter(known.bases.values())))), name
 
 
@@ -3400,8 +3473,6 @@ _LAB_OF = {
 _OPEN_GATEWAYS = ("openrouter", "bitrouter")
 _TAKES_ANY = "takes any id"
 _KIND_RANK = {"api": 0, "local": 0, "gateway": 1, "plan": 2}
-
-ECHO_MODEL = "echo/echo"
 
 
 @dataclass(slots=True, eq=False)
@@ -3528,25 +3599,27 @@ class Router:
                 yield found
 
     def _by_name(self, model: str) -> Iterator[Candidate]:
-        yield from self._declared(model)
+        declared = list(self._declared(model))
+        yield from declared
+        model = model.removeprefix("models/")
         place, separator, rest = _split_place(model)
         ident = provider_id(place)
+        facts = find_model(model)
         if separator and (ident in PROVIDERS or ident in self.active):
             if separator == ":" or ident not in _LAB_OF:
-                yield Candidate(ident, self._own_id(ident, rest), "named in the model id")
-                return
-            yield from self._of_lab(ident, rest)
-            return
-        facts = find_model(model)
-        if facts:
+                yield Candidate(ident, self._declared_id(ident, rest), "named in the model id")
+            else:
+                yield from self._of_lab(ident, rest)
+        elif facts:
             lab, _, bare = facts.id.partition("/")
             own = next((p for p, name in _LAB_OF.items() if name == lab), "")
-            as_written = model.rpartition("/")[2] if not separator else bare
+            as_written = bare if separator else model
             yield from self._of_lab(own, as_written) if own else self._carriers(facts, "")
         elif separator == "/":
-            yield from (Candidate(ident, model, _TAKES_ANY) for ident in _OPEN_GATEWAYS)
-        else:
-            family = next((p for p, starts in FAMILIES if model.lower().startswith(starts)), "")
+            yield from (Candidate(other, model, _TAKES_ANY) for other in _OPEN_GATEWAYS)
+        elif not declared:
+            bare = model.lower().removeprefix("ft:")  # OpenAI's fine-tuned models
+            family = next((p for p, starts in FAMILIES if bare.startswith(starts)), "")
             if family:
                 yield from self._of_lab(family, model)
 
@@ -3577,11 +3650,18 @@ class Router:
             if PROVIDERS[ident].kind != "plan":
                 yield Candidate(ident, facts.carried[ident][0], "carries the model")
 
-    def _own_id(self, ident: str, model: str) -> str:
-        """A provider's own spelling of a model that the caller spelt another way."""
+    def _declared_id(self, ident: str, model: str) -> str:
+        """A provider's own id for a model that the file declares; any other as it is."""
         for declared in self.active[ident].models if ident in self.active else ():
             if declared.id == model:
                 return declared.provider_model_id or declared.id
+        return model
+
+    def _own_id(self, ident: str, model: str) -> str:
+        """A provider's own spelling of a model that the caller spelt another way."""
+        declared = self._declared_id(ident, model)
+        if declared != model:
+            return declared
         lab = _LAB_OF.get(ident)
         facts = find_model(f"{lab}/{model}") if lab else None
         if facts and ident in facts.carried:
@@ -3647,12 +3727,13 @@ class Router:
     # What to say when nobody can serve it.
 
     def _why_nobody(self, model: str, op: Operation) -> BitrouterError:
-        candidates = [c for c in self._candidates(model) if c.reason != _TAKES_ANY]
-        able = [self.active[c.provider] for c in candidates if c.provider in self.active]
+        candidates = list(self._candidates(model))
+        able = [c for c in candidates if c.provider in self.active]
         if able:
-            return _unsupported(model, op, able)
-        if candidates:
-            return self._key_missing(model, candidates[0])
+            return self._unsupported(model, op, able)
+        named = [c for c in candidates if c.reason != _TAKES_ANY]
+        if named:
+            return self._key_missing(model, named[0])
         names = {m.id for m in self.listing()} | set(catalogue())
         bare = {name.rpartition("/")[2]: name for name in names}
         near = near_misses(model, names) or [
@@ -3662,6 +3743,19 @@ class Router:
         shown = printable(model)
         return NotFound(
             f"nobody here serves the model {shown!r}; {hint}", code="model_not_found", param="model"
+        )
+
+    def _unsupported(self, model: str, op: Operation, able: list[Candidate]) -> ProtocolUnsupported:
+        ways = [
+            f"POST {GENERATE_PATHS[protocol]} ({found.provider})"
+            for found in able
+            for protocol in self._spoken(self.active[found.provider], found.model)
+        ]
+        names = ", ".join(found.provider for found in able)
+        return ProtocolUnsupported(
+            f"{printable(model)} is served by {names}, which does not speak {op.protocol}, and "
+            f"translation is not built in yet; ask for it at {' or '.join(dict.fromkeys(ways))}",
+            param="model",
         )
 
     def _key_missing(self, model: str, first: Candidate) -> KeyMissing:
@@ -3720,19 +3814,12 @@ def _what_it_speaks(provider: ActiveProvider) -> str:
     return "speaks " + ", ".join(provider.facts.bases)
 
 
-def _unsupported(model: str, op: Operation, able: list[ActiveProvider]) -> ProtocolUnsupported:
-    ways = [
-        f"POST {GENERATE_PATHS[protocol]} ({provider.facts.id})"
-        for provider in able
-        for protocol in provider.facts.bases
-    ]
-    works = " or ".join(dict.fromkeys(ways))
-    names = ", ".join(provider.facts.id for provider in able)
-    return ProtocolUnsupported(
-        f"{printable(model)} is served by {names}, which does not speak {op.protocol}, and "
-        f"translation is not built in yet; ask for it at {works}",
-        param="model",
-    )
+# What each vendor's own API takes. wire: platform.openai.com/docs/api-reference/authentication,
+# docs.claude.com/en/api/overview, ai.google.dev/gemini-api/docs/api-key; read 2026-11
+_NATIVE_AUTH = {
+    ApiProtocol.MESSAGES: "x-api-key",
+    ApiProtocol.GENERATE_CONTENT: "x-goog-api-key",
+}
 
 
 def with_head(target: Target, auth: str) -> Target:
@@ -3741,12 +3828,9 @@ def with_head(target: Target, auth: str) -> Target:
     key = target.secret.reveal()
     if key:
         if auth == "native":
-            auth = "x-api-key" if target.protocol is ApiProtocol.MESSAGES else "bearer"
-        elif auth == "x-goog-api-key" and target.protocol is not ApiProtocol.GENERATE_CONTENT:
-            auth = "bearer"  # wire: ai.google.dev/gemini-api/docs/openai, read 2026-11
-        headers["authorization" if auth == "bearer" else auth] = (
-            f"Bearer {key}" if auth == "bearer" else key
-        )
+            auth = _NATIVE_AUTH.get(target.protocol, "bearer")
+        name, value = ("authorization", f"Bearer {key}") if auth == "bearer" else (auth, key)
+        headers[name] = value
     lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
     target.head = Secret("".join(lines))
     return target
@@ -3889,9 +3973,8 @@ def _echo_answer(prompt: Prompt) -> list[StreamPart]:
                 return [ToolCall("call_echo_1", wanted[1], json.dumps(value))]
     if prompt.schema is not None:
         return [TextDelta(json.dumps(smallest(prompt.schema)))]
-    return [TextDelta(word) for word in re.findall(r"\s*\S+\s*$|\s*\S+", prompt.text)] or [
-        TextDelta("(nothing was said)")
-    ]
+    words = re.findall(r"\S+\s*", prompt.text) or ["(nothing was said)"]
+    return [TextDelta(word) for word in words]
 
 
 _ECHO_DECODER = json.JSONDecoder()
@@ -3936,7 +4019,7 @@ def _smallest_scalar(kind: Json, schema: JsonObject) -> Json:
         case "integer":
             return -int(-least // 1) if isinstance(least, int | float) and 0 < least < 1e15 else 0
         case "number":
-            return least if isinstance(least, int | float) and least > 0 else 0
+            return least if isinstance(least, int | float) and 0 < least < 1e15 else 0
     return False if kind == "boolean" else None
 
 
@@ -4364,12 +4447,20 @@ class Connection(asyncio.Protocol):
         end = self._inbox.find(b"\r\n\r\n") + 4
         if end >= 4:
             self._tunnel = False
-            head, self._inbox = parse_response_head(self._inbox[:end]), b""
-            if head.status != 200:
+            try:
+                head, self._inbox = parse_response_head(self._inbox[:end]), b""
+            except UpstreamGarbled as exc:
+                said = "the proxy did not answer CONNECT in HTTP/1.1"
+                raise UpstreamUnreachable(said, detail=exc.detail) from None
+            if not 200 <= head.status < 300:
                 raise UpstreamUnreachable(f"the proxy answered {head.status} to CONNECT")
             self.ready.set_result(None)
         elif len(self._inbox) > MAX_HEAD_BYTES:
             raise UpstreamGarbled("the proxy's answer to CONNECT has no end")
+
+    def _close(self) -> None:
+        if self._transport:
+            self._transport.close()
 
     # TLS, between the socket and all of the above.
 
@@ -4377,7 +4468,9 @@ class Connection(asyncio.Protocol):
         if self._transport is None:
             return
         if self._tls:
-            self._tls.object.write(data)
+            left = memoryview(data)
+            while left:  # one record of 16 KB at a time is all that a call takes
+                left = left[self._tls.object.write(left) :]
             data = self._tls.outgoing.read()
         self._transport.write(data)
 
@@ -4411,8 +4504,11 @@ class Connection(asyncio.Protocol):
         try:
             while piece := tls.object.read(_READ_BYTES):
                 pieces.append(piece)
+            self._close()  # their last word: what may come after it is not read
         except ssl.SSLWantReadError:
             pass
+        except ssl.SSLZeroReturnError:
+            self._close()
         except ssl.SSLError as exc:
             raise UpstreamUnreachable(f"TLS with {self.origin.host} broke: {exc.reason}") from None
         if self._transport and tls.outgoing.pending:
@@ -4479,10 +4575,13 @@ class Pool:
                 connection.deadline = NEVER
                 return connection
         limit = asyncio.timeout(connect_s)
+        # A task of its own: there is none around us, and asyncio.timeout wants one (see Errand).
+        dialling = asyncio.get_running_loop().create_task(self._dial_within(limit, who, origin))
         try:
-            return await asyncio.get_running_loop().create_task(
-                self._dial_within(limit, who, origin)
-            )
+            return await dialling
+        except asyncio.CancelledError:
+            dialling.add_done_callback(_drop)
+            raise
         except TimeoutError:
             if not limit.expired():  # the kernel's ETIMEDOUT, not our deadline
                 raise UpstreamUnreachable(f"{who} could not be reached") from None
@@ -4538,8 +4637,11 @@ class Pool:
         loop = asyncio.get_running_loop()
         proxy = self._proxy_for(origin)
         host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
+        # An address has no second family to race; and a race that is cancelled may leave a socket
+        # to the garbage collector (Python 3.11).
+        race_s = None if _is_address(host) else _EYEBALLS_S
         _, connection = await loop.create_connection(
-            lambda: Connection(self, origin, who), host, port, happy_eyeballs_delay=_EYEBALLS_S
+            lambda: Connection(self, origin, who), host, port, happy_eyeballs_delay=race_s
         )
         try:
             if proxy:
@@ -4563,6 +4665,16 @@ class Pool:
             return None
         url = self._proxies.get("https" if origin.tls else "http") or self._proxies.get("all")
         return _read_proxy(url) if url else None
+
+
+def _is_address(host: str) -> bool:
+    return ":" in host or re.fullmatch(r"[0-9.]+", host) is not None
+
+
+def _drop(dialled: asyncio.Task[Connection]) -> None:
+    """Nobody waits for this connection any more, but it may have come about all the same."""
+    if not dialled.cancelled() and dialled.exception() is None:
+        dialled.result().abort()
 
 
 def _reason(exc: OSError) -> str:
@@ -4614,14 +4726,18 @@ def _read_proxy(url: str) -> _Proxy:
     import base64
 
     parts = urlsplit(url if "://" in url else f"http://{url}")
-    if parts.scheme != "http" or not parts.hostname:
+    try:
+        port = parts.port or 8080
+    except ValueError:
+        port = 0
+    if parts.scheme != "http" or not parts.hostname or not port:
         shown = f"{parts.scheme}://{parts.hostname or '?'}"
-        raise UpstreamUnreachable(f"the proxy {shown} is not supported: use an http:// proxy")
+        raise UpstreamUnreachable(f"the proxy {shown} is not supported: use http://HOST:PORT")
     user = ""
     if parts.username:
         user = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
     auth = Secret(base64.b64encode(user.encode()).decode() if user else "")
-    return _Proxy(parts.hostname, parts.port or 8080, auth)
+    return _Proxy(parts.hostname, port, auth)
 
 
 class Collector:
@@ -5968,8 +6084,7 @@ def refuse_unread(
     request_id = app.new_id()
     reply.extra["x-bitrouter-request-id"] = request_id
     refuse(app, request, reply, error)
-    facts = {"id": request_id, "status": reply.status, "code": error.code, "error": error.message}
-    app.writer.event("request", facts)
+    app.writer.event("request", {"id": request_id, "status": reply.status, "code": error.code})
 
 
 def _upstream_headers(call: Call, target: Target, error: UpstreamError) -> Headers:
@@ -6009,7 +6124,9 @@ def _line(
     }
     if call:
         facts |= _call_facts(call)
-    if error:
+    if isinstance(error, BadRequest):  # its message may quote the prompt
+        facts |= {"code": error.code, "param": error.param}
+    elif error:
         facts |= {"code": error.code, "error": printable(error.message, 500)}
         facts["detail"] = printable(error.detail, 500) or None
     return facts
@@ -6273,9 +6390,10 @@ def _anthropic_list(models: list[JsonObject], query: str) -> JsonObject:
     after, before = unquote(asked.get("after_id", "")), unquote(asked.get("before_id", ""))
     start = ids.index(after) + 1 if after in ids else 0
     end = ids.index(before) if before in ids else len(ids)
-    page = models[start:end][: max(1, min(limit, 1000))]
+    size = max(1, min(limit, 1000))
+    page = models[start:end][-size:] if before in ids else models[start:end][:size]
     first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
-    more = bool(page) and ids.index(page[-1]["id"]) + 1 < end
+    more = len(page) < end - start
     return {"data": page, "has_more": more, "first_id": first, "last_id": last}
 
 
@@ -6533,12 +6651,12 @@ async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel,
             connection.start(request.encode(), sink)
             await sink.done
         head, body = answers[0]
-        listed = dig(json.loads(body), "data") if head.status == 200 else None
-    except (UpstreamError, TimeoutError, ValueError):
+        found = listed(dig(json.loads(body), "data")) if head.status == 200 else []
+    except (UpstreamError, TimeoutError, ValueError, RecursionError):
         if connection:
             connection.abort()
         return ()
-    ids = [dig(model, "id") for model in listed or () if isinstance(dig(model, "id"), str)]
+    ids = [name for model in found if isinstance(name := dig(model, "id"), str)]
     return tuple(DeclaredModel(ident) for ident in sorted(ids)[:1000])
 
 
@@ -6696,7 +6814,7 @@ def command_serve(args: argparse.Namespace) -> int:
     listen = args.listen or (f"127.0.0.1:{args.port}" if args.port is not None else "")
     if listen:
         if wrong := listen_problem(listen):
-            raise ConfigError(f"--listen: {wrong}")
+            raise ConfigError(f"{'--listen' if args.listen else '--port'}: {wrong}")
         config.server.listen = listen
     form = config.server.log_format
     as_json = form == "json" or (form == "auto" and not sys.stderr.isatty())
@@ -6754,6 +6872,10 @@ def command_models(args: argparse.Namespace) -> int:
         listed = [Listed(m.id, tuple(m.carried), m, m.context) for m in catalogue().values()]
     if args.provider:
         wanted = provider_id(args.provider)
+        if wanted not in PROVIDERS and wanted not in active:
+            near = near_misses(wanted, [*PROVIDERS, *active])
+            hint = f"did you mean {' or '.join(near)}?" if near else "`providers` lists them all"
+            raise ConfigError(f"there is no provider {wanted!r}; {hint}")
         listed = [one for one in listed if wanted in one.providers]
     rows = [_model_row(one) for one in listed]
     show(args, {"models": rows}, [(r["id"], _dollars(r), ",".join(r["providers"])) for r in rows])
@@ -6852,7 +6974,11 @@ def _step(target: Target, reason: str, op: Operation, explain: bool) -> JsonObje
 
 
 def _redacted(line: str, secret: Secret) -> str:
-    return line.replace(secret.reveal(), "[redacted]") if secret else line
+    """A header line to look at: of the file's own headers, too, the value may be a secret."""
+    name, _, value = line.partition(": ")
+    if secret and secret.reveal() in value:
+        return f"{name}: {value.replace(secret.reveal(), '[redacted]')}"
+    return line if name in ("host", "anthropic-version") else f"{name}: [redacted]"
 
 
 def command_validate(args: argparse.Namespace) -> int:
@@ -6952,7 +7078,12 @@ def main(argv: list[str] | None = None) -> int:
         given = ["serve", *given]
     args = build_parser().parse_args(given)
     try:
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # nobody reads on: `bitrouter models | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except BitrouterError as error:
         if getattr(args, "json", False):
             fault = {"kind": error.kind, "code": error.code, "message": error.message}
