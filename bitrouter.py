@@ -51,6 +51,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import errno
 import functools
 import hashlib
 import hmac
@@ -758,6 +759,9 @@ class BodyDecoder:
             self._trailer = 0
 
 
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
 class Inflater:
     """Undoes a content-encoding. Raises what `fail` makes of a message."""
 
@@ -779,6 +783,9 @@ class Inflater:
             self._zip = zlib.decompressobj(_deflate_window(data))
         try:
             out = self._zip.decompress(data, self._limit + 1)
+            while self._zip.eof and self._zip.unused_data.startswith(_GZIP_MAGIC):
+                data, self._zip = self._zip.unused_data, zlib.decompressobj(47)  # a further member
+                out += self._zip.decompress(data, self._limit + 1)
         except zlib.error as exc:
             raise self._fail(f"the compressed body is broken: {exc}") from None
         self._limit -= len(out)
@@ -1942,6 +1949,8 @@ def judge(who: str, status: int, facts: ErrorFacts) -> UpstreamError:
     message = f"{who} answered {status}" + (f": {said}" if said else "")
     kind = verdict.kind if verdict in (UpstreamNoCredit, UpstreamLimited) else kind_of(status)
     code = next((word for word in facts.words & _TELLING_WORDS), "")
+    if status == 429 and any("perday" in word for word in facts.words):
+        code = "daily_quota_exceeded"  # wire: Google's QuotaFailure names `...PerDay...` quotas
     return verdict(message, status=status, kind=kind, code=code)
 
 
@@ -3973,8 +3982,9 @@ def _echo_answer(prompt: Prompt) -> list[StreamPart]:
                 return [ToolCall("call_echo_1", wanted[1], json.dumps(value))]
     if prompt.schema is not None:
         return [TextDelta(json.dumps(smallest(prompt.schema)))]
-    words = re.findall(r"\S+\s*", prompt.text) or ["(nothing was said)"]
-    return [TextDelta(word) for word in words]
+    said = prompt.text.rstrip() or "(nothing was said)"
+    *words, last = re.findall(r"\s*\S+", said)
+    return [TextDelta(word) for word in (*words, last + prompt.text[len(said) :])]
 
 
 _ECHO_DECODER = json.JSONDecoder()
@@ -6106,7 +6116,7 @@ def _retry_headers(error: BitrouterError) -> Headers:
         headers["retry-after"] = str(max(1, -int(-wait_s // 1)))
         headers["retry-after-ms"] = str(max(0, round(wait_s * 1000)))
     # Anthropic's SDK would sleep for as long as it is told, OpenAI's would try in vain.
-    per_day = isinstance(error, UpstreamLimited) and "PerDay" in error.message
+    per_day = error.code == "daily_quota_exceeded"
     no_credit = isinstance(error, UpstreamError) and error.kind is Kind.BILLING
     if no_credit or per_day or (wait_s or 0) > _TOO_LONG_A_WAIT_S:
         headers["x-should-retry"] = "false"
@@ -6541,9 +6551,7 @@ class Listener:
         listen = app.config.server.listen
         try:
             if listen.startswith("unix:"):
-                path = listen.removeprefix("unix:")
-                self._server = await loop.create_unix_server(accept, path, backlog=_BACKLOG)
-                os.chmod(path, 0o600)  # noqa: PTH101  pathlib costs 8 ms of every start
+                self._server = await _listen_on_path(listen.removeprefix("unix:"), accept)
                 self.address = listen
             else:
                 host, _, port = listen.rpartition(":")
@@ -6552,7 +6560,8 @@ class Listener:
                 bound = self._server.sockets[0].getsockname()[1]
                 self.address = f"http://{listen.rpartition(':')[0]}:{bound}"
         except OSError as exc:
-            hint = "another server has it: choose another with --port" if exc.errno == 98 else ""
+            taken = exc.errno == errno.EADDRINUSE
+            hint = "another server has it: choose another with --port" if taken else ""
             said = f"cannot listen on {listen}: {exc.strerror or exc}"
             raise ConfigError(f"{said}; {hint}" if hint else said) from None
         app.sweeper.start()
@@ -6577,6 +6586,19 @@ class Listener:
     @property
     def connections(self) -> int:
         return len(self._opened)
+
+
+async def _listen_on_path(path: str, accept: Callable[[], CallerConnection]) -> asyncio.Server:
+    """A unix socket for this user alone, unless somebody answers there already."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(path) == 0:
+            raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+    before = os.umask(0o177)
+    try:
+        loop = asyncio.get_running_loop()
+        return await loop.create_unix_server(accept, path, backlog=_BACKLOG)
+    finally:
+        os.umask(before)
 
 
 def check_safety(app: App) -> None:
@@ -6690,7 +6712,7 @@ def start_health_listener(app: App) -> Callable[[], None]:
         said = f"server.health_listen: cannot listen on {host}:{port}: {exc.strerror or exc}"
         raise ConfigError(said) from None
     server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, name="health", daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), name="health", daemon=True).start()
 
     def stop() -> None:
         server.shutdown()

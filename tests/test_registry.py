@@ -130,7 +130,13 @@ def test_a_key_turns_on_one_pay_as_you_go_provider() -> None:
     assert max(Counter(ours).values()) == 1
 
 
-WANTED = ["openai", "anthropic", "google", "groq", "together", "fireworks", "mistral", "cohere", "perplexity", "deepinfra", "huggingface", "nebius", "baseten", "sambanova", "hyperbolic", "nvidia", "ollama", "lmstudio", "vllm", "llamacpp"]
+# fmt: off
+WANTED = [
+    "openai", "anthropic", "google", "groq", "together", "fireworks", "mistral", "cohere",
+    "perplexity", "deepinfra", "huggingface", "nebius", "baseten", "sambanova", "hyperbolic",
+    "nvidia", "ollama", "lmstudio", "vllm", "llamacpp",
+]
+# fmt: on
 
 
 @pytest.mark.parametrize("ident", WANTED)

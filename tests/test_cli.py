@@ -1,0 +1,403 @@
+"""The command line: what each command prints, where, and how it exits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import bitrouter
+
+FILE = Path(__file__).parent.parent / "bitrouter.py"
+PYTHON = (sys.executable, "-W", "error", "-B", str(FILE))
+KEY = "sk-a-very-secret-key-0123456789"
+
+
+class Ran(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def clean(**environ: str) -> dict[str, str]:
+    """An environment with nothing in it that could turn a provider on."""
+    kept = {name: os.environ[name] for name in ("HOME", "PATH", "SYSTEMROOT") if name in os.environ}
+    return {**kept, **environ}
+
+
+def run(*args: str, **environ: str) -> Ran:
+    done = subprocess.run(
+        [*PYTHON, *args],
+        capture_output=True,
+        text=True,
+        timeout=9,
+        env=clean(**environ),
+        check=False,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+@asynccontextmanager
+async def running(*args: str, **environ: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A server in the background that is gone afterwards, come what may."""
+    pipe = asyncio.subprocess.PIPE
+    environ = clean(PYTHONDEVMODE="1", **environ)
+    process = await asyncio.create_subprocess_exec(
+        *PYTHON, *args, stdout=pipe, stderr=pipe, env=environ
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def logged(process: asyncio.subprocess.Process, event: str) -> dict[str, Any]:
+    """The next line of the log that reports this event."""
+    assert process.stderr
+    async for line in process.stderr:
+        facts: dict[str, Any] = json.loads(line)
+        if facts["event"] == event:
+            return facts
+    raise AssertionError(f"{event} was never logged")
+
+
+GOOD = """
+[providers.openai]
+api_key = "${MY_KEY}"
+[models.smart]
+endpoints = [{provider = "openai", service_id = "gpt-4o"}]
+"""
+BAD = '[server]\nlistn = "x"\nauth = 3\n[upstream.retry]\nmax = -1\n'
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> str:
+    path = tmp_path / "good.toml"
+    path.write_text(GOOD)
+    return str(path)
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> str:
+    path = tmp_path / "bad.toml"
+    path.write_text(BAD)
+    return str(path)
+
+
+def test_the_version_is_told() -> None:
+    assert run("--version") == Ran(0, f"bitrouter {bitrouter.__version__}\n", "")
+
+
+def test_help_lists_every_command() -> None:
+    status, out, _ = run("--help")
+    assert status == 0
+    for command in bitrouter.COMMANDS:
+        assert re.search(rf"^ +{command.name.split()[0]}\b", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "args", [["frobnicate"], ["config"], ["route"], ["serve", "--nope"], ["--port", "x"]]
+)
+def test_what_is_not_understood_exits_with_2(args: list[str], capsys: Any) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        bitrouter.main(args)
+    out, err = capsys.readouterr()
+    assert (exit_.value.code, out) == (2, "") and "usage: bitrouter" in err
+
+
+# config validate
+
+
+def test_a_good_file_is_valid_without_its_secrets(good: str) -> None:
+    ran = run("config", "validate", "-c", good)
+    facts = ran.json()
+    assert (ran.status, facts["valid"], facts["errors"]) == (0, True, [])
+    assert (facts["path"], facts["providers"], facts["models"]) == (good, 1, 1)
+    [warning] = facts["warnings"]
+    assert warning.startswith(f"{good}:3: ") and "MY_KEY is not set" in warning
+
+
+def test_a_bad_file_is_told_all_its_problems(bad: str) -> None:
+    ran = run("config", "validate", "-c", bad)
+    assert (ran.status, ran.json()["valid"]) == (1, False)
+    places = [said.removeprefix(bad).split(" ")[0] for said in ran.json()["errors"]]
+    assert places == [":2:", ":3:", ":5:"]
+
+
+def test_people_get_columns(good: str, bad: str) -> None:
+    assert run("config", "validate", "-c", good, "--human", MY_KEY="k") == Ran(
+        0, f"ok  {good}\n", ""
+    )
+    ran = run("config", "validate", "-c", bad, "--human")
+    assert ran.status == 1
+    assert [line.split("  ")[0] for line in ran.out.splitlines()] == ["error"] * 3
+
+
+def test_there_must_be_a_file_to_validate() -> None:
+    status, out, err = run("config", "validate")
+    assert (status, out) == (1, "") and "-c FILE" in err
+
+
+# Which file is used.
+
+
+def test_the_file_that_is_named_comes_first(good: str, tmp_path: Path) -> None:
+    (tmp_path / "bitrouter.toml").write_text(BAD)
+    assert run("config", "validate", "-c", good).json()["path"] == good
+
+
+PLACES = ("bitrouter.toml", "home/bitrouter.toml", ".bitrouter/bitrouter.toml")
+
+
+@pytest.mark.parametrize(
+    ("present", "home", "found"),
+    [(PLACES, "home", 0), (PLACES[1:], "home", 1), (PLACES[1:], "", 2), (PLACES[::2], "", 0)],
+)
+def test_a_file_is_looked_for_here_then_at_home(
+    present: tuple[str, ...], home: str, found: int, tmp_path: Path
+) -> None:
+    for place in present:
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / place).write_text("")
+    environ = {"HOME": str(tmp_path)} | ({"BITROUTER_HOME": str(tmp_path / home)} if home else {})
+    path = bitrouter.find_config("", environ)
+    assert (tmp_path / path).resolve() == (tmp_path / PLACES[found]).resolve()
+
+
+def test_no_file_anywhere_is_fine() -> None:
+    assert bitrouter.find_config("", {}) == ""
+
+
+def test_a_home_without_a_file_is_an_error(tmp_path: Path) -> None:
+    status, out, err = run(BITROUTER_HOME=str(tmp_path))
+    assert (status, out) == (1, "") and err.startswith(f"bitrouter: BITROUTER_HOME is {tmp_path}, ")
+
+
+def test_a_file_that_is_not_there_is_an_error() -> None:
+    assert run("models", "-c", "nowhere.toml") == Ran(
+        1, "", "bitrouter: there is no file nowhere.toml\n"
+    )
+
+
+def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bitrouter.toml").write_bytes(b"\xff\xfe")
+    status, out, err = run("models")
+    assert (status, out) == (1, "") and err.startswith("bitrouter: bitrouter.toml cannot be read: ")
+
+
+def test_an_error_is_json_for_who_asks_for_json() -> None:
+    ran = run("route", "openai/gpt-4o", "--json")
+    assert (ran.status, ran.json()["error"]["code"]) == (1, "provider_key_missing")
+    assert "OPENAI_API_KEY" in ran.json()["error"]["message"] and "OPENAI_API_KEY" in ran.err
+
+
+# providers, models, route
+
+
+def test_providers_show_what_turned_them_on_or_would() -> None:
+    rows = {
+        row["id"]: row for row in run("providers", GOOGLE_API_KEY=f"{KEY},k2").json()["providers"]
+    }
+    google, openai = rows["google"], rows["openai"]
+    assert set(rows) == set(bitrouter.PROVIDERS) and next(iter(rows)) == "google"
+    assert (google["active"], google["enabled_by"], google["accounts"]) == (
+        True,
+        "GOOGLE_API_KEY",
+        2,
+    )
+    assert (openai["active"], openai["env"]) == (False, ["OPENAI_API_KEY"])
+
+
+def test_providers_are_readable() -> None:
+    ran = run("providers", "--human", OPENAI_API_KEY=KEY)
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert lines[0] == ["openai", "OPENAI_API_KEY", "chat_completions,responses"]
+    assert ["anthropic", "set", "ANTHROPIC_API_KEY", "messages"] in lines
+    assert KEY not in ran.out + ran.err
+
+
+def test_a_provider_that_is_off_against_ones_wish_is_warned_of() -> None:
+    ran = run("providers", AZURE_OPENAI_API_KEY=KEY)
+    assert ran.status == 0 and "AZURE_OPENAI_RESOURCE is not" in ran.err
+
+
+def test_models_are_what_can_be_asked_for_now() -> None:
+    rows = {row["id"]: row for row in run("models", OPENAI_API_KEY=KEY).json()["models"]}
+    assert "echo/echo" in rows and "anthropic/claude-sonnet-5" not in rows
+    mini = rows["openai/gpt-4o-mini"]
+    assert (mini["providers"], mini["context"]) == (["openai"], 128000)
+    assert (mini["usd_per_million_input"], mini["usd_per_million_output"]) == (0.15, 0.6)
+
+
+def test_all_models_are_the_catalogue_and_can_be_narrowed() -> None:
+    everything = {row["id"] for row in run("models", "--all").json()["models"]}
+    assert everything == set(bitrouter.catalogue())
+    rows = run("models", "--all", "-p", "gemini").json()["models"]
+    assert rows and all("google" in row["providers"] for row in rows)
+
+
+def test_models_of_a_provider_that_does_not_exist_are_an_error() -> None:
+    status, _, err = run("models", "-p", "opnai")
+    assert status == 1 and "openai" in err
+
+
+def test_a_route_is_told_in_order_with_reasons() -> None:
+    environ = {"OPENAI_API_KEY": KEY, "OPENROUTER_API_KEY": KEY}
+    facts = run("route", "gpt-4o-mini", **environ).json()
+    assert [(s["provider"], s["model"]) for s in facts["chain"]] == [
+        ("openai", "gpt-4o-mini"),
+        ("openrouter", "openai/gpt-4o-mini"),
+    ]
+    assert facts["protocol"] == "chat_completions" and all(s["reason"] for s in facts["chain"])
+
+
+@pytest.mark.parametrize("form", ["--json", "--human"])
+def test_a_route_that_is_explained_shows_no_key(form: str) -> None:
+    environ = {"OPENAI_API_KEY": f"{KEY},{KEY[::-1]}"}
+    ran = run("route", "openai/gpt-4o-mini", "--explain", form, **environ)
+    assert ran.status == 0 and "https://api.openai.com/v1/chat/completions" in ran.out
+    assert "Bearer [redacted]" in ran.out and "OPENROUTER_API_KEY is not set" in ran.out
+    assert KEY not in ran.out + ran.err and KEY[::-1] not in ran.out + ran.err
+
+
+def test_a_route_that_is_explained_shows_no_secret_header_of_the_file(tmp_path: Path) -> None:
+    headers = '{"x-team" = "red", "x-second-key" = "${SECOND}"}'
+    path = tmp_path / "bitrouter.toml"
+    path.write_text(f"[providers.openai]\nextra_headers = {headers}\n")
+    ran = run("route", "openai/gpt-4o-mini", "--explain", OPENAI_API_KEY="k-1", SECOND=KEY)
+    assert "x-second-key: " in ran.out and KEY not in ran.out + ran.err
+
+
+def test_a_route_of_another_protocol_has_its_own_address() -> None:
+    args = ("route", "gemini-3.8-flash", "--explain", "--protocol", "google")
+    [step] = run(*args, GEMINI_API_KEY=KEY).json()["chain"]
+    base = "https://generativelanguage.googleapis.com/v1beta"
+    assert step["url"] == f"{base}/models/gemini-3.8-flash:generateContent"
+    assert "x-goog-api-key: [redacted]" in step["headers"]
+
+
+def test_a_route_to_nowhere_says_what_was_meant() -> None:
+    status, out, err = run("route", "claud-sonnet-4.6")
+    assert (status, out) == (1, "") and "did you mean anthropic/claude-sonnet-4.6" in err
+
+
+def test_output_that_nobody_reads_is_no_crash() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as nobody:
+        command = [*PYTHON, "models", "--all"]
+        pipe = subprocess.PIPE
+        done = subprocess.run(command, stdout=nobody, stderr=pipe, env=clean(), check=False)
+    assert done.stderr == b""
+
+
+# serve
+
+
+def test_a_broken_file_is_not_served_and_all_problems_are_told(bad: str) -> None:
+    status, out, err = run("serve", "-c", bad, "--port", "0")
+    assert (status, out) == (1, "")
+    assert all(f"{bad}:{line}: " in err for line in (2, 3, 5))
+
+
+def test_a_file_whose_variables_are_not_set_is_not_served(good: str) -> None:
+    status, _, err = run("-c", good, "--port", "0")
+    assert status == 1 and f"{good}:3: " in err and "MY_KEY is not set" in err
+
+
+@pytest.mark.parametrize("auth", ["auto", "none"])
+def test_other_machines_are_not_served_without_keys(auth: str, tmp_path: Path) -> None:
+    (tmp_path / "bitrouter.toml").write_text(f'[server]\nauth = "{auth}"')
+    status, out, err = run("--listen", "0.0.0.0:0")
+    assert (status, out) == (1, "")
+    assert err.startswith("bitrouter: server.") and "BITROUTER_KEYS" in err
+
+
+def test_a_port_that_is_taken_is_told_clearly() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, out, err = run("--port", str(port))
+    assert (status, out) == (1, "") and f"cannot listen on 127.0.0.1:{port}" in err
+    assert "--port" in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("args", [["--port", "99999"], ["--listen", "here"], ["--port", "-1"]])
+def test_an_address_that_makes_no_sense_is_told(args: list[str], capsys: Any) -> None:
+    status = bitrouter.main(args)
+    out, err = capsys.readouterr()
+    assert (status, out) == (1, "") and args[0] in err
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
+async def health_at(address: str) -> bytes:
+    host, _, port = address.removeprefix("http://").rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    try:
+        writer.write(b"GET /health HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n")
+        return await reader.read()
+    finally:
+        writer.close()
+        await writer.wait_closed()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_server_says_where_it_listens_and_ends_in_order(number: signal.Signals) -> None:
+    async with running("serve", "--port", "0", OPENAI_API_KEY=KEY) as process:
+        facts = await logged(process, "listening")
+        assert facts["providers"] == "openai=OPENAI_API_KEY"
+        assert b"200 OK" in await health_at(facts["address"])
+        process.send_signal(number)
+        out, err = await process.communicate()
+    assert (process.returncode, out) == (0, b"")
+    assert json.loads(err.splitlines()[-1])["event"] == "stopped"
+    assert KEY.encode() not in err
+
+
+async def test_without_a_word_it_serves_where_the_file_says(tmp_path: Path) -> None:
+    port = free_port()
+    (tmp_path / "bitrouter.toml").write_text(f'[server]\nlisten = "127.0.0.1:{port}"')
+    async with running() as process:
+        facts = await logged(process, "listening")
+        assert facts["address"] == f"http://127.0.0.1:{port}"
+        assert b"200 OK" in await health_at(facts["address"])
+
+
+async def test_other_machines_are_served_with_keys() -> None:
+    async with running("--listen", "0.0.0.0:0", BITROUTER_KEYS="k1") as process:
+        assert (await logged(process, "listening"))["address"].startswith("http://0.0.0.0:")
+
+
+async def test_a_base_that_is_ignored_is_warned_of_in_the_log() -> None:
+    environ = {"OPENAI_API_KEY": KEY, "OPENAI_BASE_URL": "http://api.example.com/v1"}
+    async with running("--port", "0", **environ) as process:
+        assert process.stderr
+        facts = json.loads(await process.stderr.readline())
+    assert facts["level"] == "warning" and "OPENAI_BASE_URL is ignored" in facts["event"]
+
+
+async def test_a_log_for_people_is_chosen_by_the_file(tmp_path: Path) -> None:
+    (tmp_path / "bitrouter.toml").write_text('[server]\nlog_format = "text"')
+    async with running("--port", "0") as process:
+        assert process.stderr
+        line = (await process.stderr.readline()).decode()
+    assert re.fullmatch(r"\S+Z info listening address=http://127\.0\.0\.1:\d+ .*\n", line)
