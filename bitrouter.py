@@ -320,12 +320,13 @@ class Document:
     caches of providers, which compare bytes.
     """
 
-    __slots__ = ("_added", "_edits", "_text", "value")
+    __slots__ = ("_added", "_edits", "_raw", "_text", "value")
 
     def __init__(self, raw: bytes) -> None:
         """Raises BadRequest when raw is not one JSON object in UTF-8."""
         try:
-            self._text = raw.removeprefix(b"\xef\xbb\xbf").decode()
+            self._raw = raw.removeprefix(b"\xef\xbb\xbf")
+            self._text = self._raw.decode()
             value = json.loads(self._text)
         except UnicodeDecodeError as exc:
             raise BadRequest(f"the body is not UTF-8 (byte {exc.start})") from None
@@ -367,29 +368,40 @@ class Document:
             start = self._text.index("{") + 1
             comma = "," if self.value else ""
             edits = [*edits, (start, start, ",".join(self._added) + comma)]
-        if len(edits) == 1:
-            start, end, new = edits[0]
-            return f"{self._text[:start]}{new}{self._text[end:]}".encode()
-        pieces, at = [], 0
+        # In plain ASCII a place in the text is one in the bytes: they need not be made again.
+        ascii_only = self._text.isascii()
+        source = memoryview(self._raw if ascii_only else b"")
+        pieces: list[bytes | memoryview] = []
+        at = 0
         for start, end, new in sorted(edits):
-            pieces += [self._text[at:start], new]
+            pieces += [source[at:start] if ascii_only else self._text[at:start].encode()]
+            pieces += [new.encode()]
             at = end
-        return "".join([*pieces, self._text[at:]]).encode()
+        pieces += [source[at:] if ascii_only else self._text[at:].encode()]
+        return b"".join(pieces)
 
     def forget_edits(self) -> None:
         self._edits.clear()
         self._added.clear()
 
     def _span(self, key: str) -> tuple[int, int]:
+        """Where a value stands: most often near one end, with nothing nested on the way there."""
         text, quoted = self._text, f'"{key}"'
-        # A letter can be spelled as \\u00xx: then what looks like the key need not be it.
-        if (
-            text.count(quoted) == 1
-            and "\\u" not in text
-            and (colon := _COLON.match(text, text.index(quoted) + len(quoted)))
-        ):
-            return colon.end(), _DECODER.raw_decode(text, colon.end())[1]
+        if text.count(quoted) == 1:
+            at = text.index(quoted)
+            colon = _COLON.match(text, at + len(quoted))
+            if colon:
+                value, end = _DECODER.raw_decode(text, colon.end())
+                outermost = _is_flat(text[:at], "{") or _is_flat(text[end:], "}")
+                if outermost and value == self.value[key]:
+                    return colon.end(), end
         return _spans(text, text.index("{"), key)[key]
+
+
+def _is_flat(piece: str, brace: str) -> bool:
+    """Whether an end of a JSON object holds no more than the object's own brace, and no escapes
+    by which something might look like what it is not."""
+    return len(piece) <= 512 and piece.count(brace) == 1 and not set(piece) & set("[]\\")
 
 
 def _spans(text: str, start: int, wanted: str) -> dict[str, tuple[int, int]]:
@@ -4957,6 +4969,7 @@ _BODY_S = 30.0  # between two reads of a body
 _KEEP_ALIVE_S = 180.0  # between requests: longer than any client keeps a connection in its pool
 _STALL_S = 120.0  # a caller that reads nothing of its answer
 _LINGER_S = 1.0
+_MAX_PIECES = 1024
 _MAX_AHEAD_BYTES = 256 * 1024
 
 
@@ -5092,7 +5105,8 @@ class CallerConnection(asyncio.Protocol):
         self._inbox = b""
         self._head: RequestHead | None = None
         self._decoder: BodyDecoder | None = None
-        self._body: bytes | bytearray = b""
+        self._body: list[bytes] = []
+        self._body_bytes = 0
         self._advancing = False
         self._deaf = False
         self.errand: Errand | None = None
@@ -5207,8 +5221,8 @@ class CallerConnection(asyncio.Protocol):
         head = self._head or self._take_head()
         if head is None or not self._take_body():
             return False
-        body = self._unpacked(head, bytes(self._body))
-        self._head, self._decoder, self._body = None, None, b""
+        body = self._unpacked(head, b"".join(self._body))
+        self._head, self._decoder, self._body, self._body_bytes = None, None, [], 0
         self._serve(head, body)
         return True
 
@@ -5257,12 +5271,11 @@ class CallerConnection(asyncio.Protocol):
         if decoder is None or not decoder.framing:
             return True
         piece, self._inbox = decoder.feed(self._inbox), b""
-        if not self._body and decoder.done:
-            self._body = piece
-        else:
-            self._body = self._body if isinstance(self._body, bytearray) else bytearray()
-            self._body += piece
-        if len(self._body) > self._max_body():
+        self._body.append(piece)
+        self._body_bytes += len(piece)
+        if len(self._body) > _MAX_PIECES:  # sent in drops
+            self._body = [b"".join(self._body)]
+        if self._body_bytes > self._max_body():
             raise TooLarge(f"the body exceeds {self._max_body()} bytes")
         self._inbox = decoder.rest
         if not decoder.done:
@@ -6448,7 +6461,7 @@ PAGES: dict[str, Handler] = {
     "/models": list_models,
 }
 
-_GOOGLE_PATH = re.compile(r"/(?:models/)?(.+):(\w+)")
+_GOOGLE_PATH = re.compile(r"/(?:models/)?([^/:].*):(\w+)")
 
 
 class Asked(NamedTuple):
