@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
 
 import bitrouter
 from bitrouter import Errand, auth_required, caller_keys, parse_config
+
+
+def begin(work: Coroutine[Any, Any, None]) -> Errand:
+    return Errand(asyncio.get_running_loop(), work)
 
 
 async def turns(count: int = 3) -> None:
@@ -29,7 +33,7 @@ async def test_the_first_stretch_runs_at_once() -> None:
         await asyncio.sleep(0)
         seen.append("rest")
 
-    errand = Errand(work())
+    errand = begin(work())
     assert (seen, errand.done) == (["first"], False)
     await errand.finished()
     assert (seen, errand.done) == (["first", "rest"], True)
@@ -41,7 +45,7 @@ async def test_what_never_waits_is_done_at_once() -> None:
     async def work() -> None:
         seen.append("all")
 
-    assert Errand(work()).done
+    assert begin(work()).done
     assert seen == ["all"]
 
 
@@ -49,11 +53,11 @@ async def test_who_waits_for_what_is_done_already_waits_no_more() -> None:
     async def work() -> None: ...
 
     async with asyncio.timeout(0.5):
-        await Errand(work()).finished()
+        await begin(work()).finished()
 
 
 async def test_several_may_wait_for_the_end() -> None:
-    errand = Errand(turns(4))
+    errand = begin(turns(4))
     await asyncio.gather(errand.finished(), errand.finished())
     assert errand.done
 
@@ -63,7 +67,7 @@ async def test_a_failure_in_the_first_stretch_is_raised_at_once() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Errand(work())
+        begin(work())
 
 
 async def test_a_failure_after_a_wait_ends_it_and_is_reported() -> None:
@@ -73,7 +77,7 @@ async def test_a_failure_after_a_wait_ends_it_and_is_reported() -> None:
 
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, told: reported.append(told))
-    errand = Errand(work())
+    errand = begin(work())
     async with asyncio.timeout(0.5):
         await errand.finished()
     assert isinstance(reported[0]["exception"], ZeroDivisionError)
@@ -91,7 +95,7 @@ async def wait_for(future: asyncio.Future[str], got: list[str]) -> None:
 
 async def test_a_future_wakes_who_waits_for_it_with_its_value() -> None:
     future, got = asyncio.get_running_loop().create_future(), list[str]()
-    errand = Errand(wait_for(future, got))
+    errand = begin(wait_for(future, got))
     await turns()
     assert got == []
     future.set_result("x")
@@ -101,7 +105,7 @@ async def test_a_future_wakes_who_waits_for_it_with_its_value() -> None:
 
 async def test_a_future_wakes_who_waits_for_it_with_its_failure() -> None:
     future, got = asyncio.get_running_loop().create_future(), list[str]()
-    errand = Errand(wait_for(future, got))
+    errand = begin(wait_for(future, got))
     future.set_exception(ZeroDivisionError())
     await errand.finished()
     assert got == ["failed", "went on"]
@@ -113,7 +117,7 @@ async def test_a_task_can_be_waited_for() -> None:
     async def work() -> None:
         got.append(await asyncio.get_running_loop().create_task(asyncio.sleep(0.001, "slept")))
 
-    await Errand(work()).finished()
+    await begin(work()).finished()
     assert got == ["slept"]
 
 
@@ -134,7 +138,7 @@ async def unwinding(passed: int, seen: list[str]) -> None:
 @pytest.mark.parametrize("passed", [0, 1, 3])
 async def test_a_cancellation_reaches_the_work_wherever_it_waits(passed: int, waited: int) -> None:
     seen = list[str]()
-    errand = Errand(unwinding(passed, seen))
+    errand = begin(unwinding(passed, seen))
     await turns(waited)
     errand.cancel()
     await errand.finished()
@@ -147,7 +151,7 @@ async def test_a_cancellation_cancels_what_is_waited_for() -> None:
     async def work() -> None:
         await inner
 
-    errand = Errand(work())
+    errand = begin(work())
     errand.cancel()
     await asyncio.gather(inner, return_exceptions=True)
     assert errand.done and inner.cancelled()
@@ -163,7 +167,7 @@ async def test_a_cancellation_may_be_survived() -> None:
             await asyncio.sleep(0)
         seen.append("went on")
 
-    errand = Errand(work())
+    errand = begin(work())
     errand.cancel()
     await errand.finished()
     assert seen == ["went on"]
@@ -177,7 +181,7 @@ async def test_what_cancels_itself_is_cancelled_at_its_next_wait() -> None:
         errands[0].cancel()
         await asyncio.Event().wait()
 
-    errands.append(Errand(work()))
+    errands.append(begin(work()))
     async with asyncio.timeout(0.5):
         await errands[0].finished()
     assert errands[0].done
@@ -185,7 +189,7 @@ async def test_what_cancels_itself_is_cancelled_at_its_next_wait() -> None:
 
 async def test_a_cancellation_wins_over_a_value_that_has_just_come() -> None:
     future, got = asyncio.get_running_loop().create_future(), list[str]()
-    errand = Errand(wait_for(future, got))
+    errand = begin(wait_for(future, got))
     future.set_result("x")
     errand.cancel()
     await turns()
@@ -193,7 +197,7 @@ async def test_a_cancellation_wins_over_a_value_that_has_just_come() -> None:
 
 
 async def test_a_cancellation_after_the_end_does_nothing() -> None:
-    errand = Errand(turns(1))
+    errand = begin(turns(1))
     await errand.finished()
     errand.cancel()
     await turns()
@@ -211,7 +215,7 @@ async def test_a_cancelled_future_is_seen_by_who_waits_for_it() -> None:
         await asyncio.sleep(0)
         got.append("went on")
 
-    errand = Errand(work())
+    errand = begin(work())
     future.cancel()
     await errand.finished()
     assert got == ["the future was", "went on"]
@@ -229,7 +233,7 @@ async def test_async_generators_may_be_used() -> None:
     async def work() -> None:
         got.extend([i async for i in numbers()])
 
-    await Errand(work()).finished()
+    await begin(work()).finished()
     assert got == [0, 1, 2]
 
 
@@ -241,10 +245,10 @@ async def test_one_may_begin_another() -> None:
         seen.append("inner")
 
     async def outer() -> None:
-        await Errand(inner()).finished()
+        await begin(inner()).finished()
         seen.append("outer")
 
-    await Errand(outer()).finished()
+    await begin(outer()).finished()
     assert seen == ["inner", "outer"]
 
 

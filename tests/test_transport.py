@@ -134,7 +134,7 @@ async def lend(
 
 def send(connection: Connection) -> tuple[Collector, list[tuple[ResponseHead, bytes]]]:
     answers: list[tuple[ResponseHead, bytes]] = []
-    sink = Collector(lambda *answer: answers.append(answer))
+    sink = Collector(asyncio.get_running_loop().create_future(), lambda *a: answers.append(a))
     connection.start(REQUEST, sink)
     return sink, answers
 
@@ -604,7 +604,7 @@ async def test_a_paused_answer_is_not_late() -> None:
 
 async def test_an_answer_larger_than_allowed_is_not_gathered() -> None:
     async with wire(OK) as server, pool_of() as pool:
-        sink = Collector(lambda *_: None, limit=1)
+        sink = Collector(asyncio.get_running_loop().create_future(), lambda *_: None, 1)
         (await lend(pool, server.origin)).start(REQUEST, sink)
         with pytest.raises(bitrouter.UpstreamGarbled, match="larger than we can hold"):
             await sink.done
@@ -615,7 +615,7 @@ async def test_a_bug_in_a_sink_becomes_an_error_for_who_waits(gateway: Any) -> N
         raise ZeroDivisionError
 
     async with gateway() as gw, wire(OK) as server:
-        sink = Collector(use)
+        sink = Collector(asyncio.get_running_loop().create_future(), use)
         (await lend(gw.app.pool, server.origin)).start(REQUEST, sink)
         with pytest.raises(bitrouter.UpstreamError, match="failed to read the answer"):
             await sink.done
