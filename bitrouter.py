@@ -4,18 +4,19 @@
 A request's journey, with the section that does each step:
 
     bytes in     callers    read one HTTP/1.1 request, strictly and under a deadline
-    door         pipeline   check Host, Origin, content type and key
-    read         basics     the body's JSON, with the place of each top-level value in it
+    door         pipeline   check Host and Origin, find what the path asks for, check the key
+    read         pipeline   content type; the body as a Document: JSON that keeps its bytes
     route        routing    model id -> chain of Targets, first choice first
-    attempt      attempts   for each Target: splice, send, watch; fall back while nothing is out
-    watch        relay      pass the provider's events on, and note usage, finish and errors
+    order        health     accounts take turns; targets that cool down go last
+    attempt      attempts   for each Target: put in model and key, send; fall back if nothing is out
+    watch        relay      pass the events on; the codec notes usage, finish and errors
     bytes out    callers    the answer, or events as they come, with back-pressure
     book         pipeline   one log line: who, what, where, how long, how many tokens, how much
 
 Contents
 
      1. errors     what can go wrong, and what the caller is told
-     2. basics     secrets, ids, JSON we did not write and must not rewrite
+     2. basics     secrets, JSON we did not write and must not rewrite, words for people
      3. http       HTTP/1.1 heads and bodies
      4. sse        Server-Sent Events: whole events out of any bytes
      5. ir         what all protocols have in common: Usage, StreamPart, Codec
@@ -36,7 +37,7 @@ Contents
     20. callers    connections from callers
     21. attempts   one upstream call, and the loop of retries and fallbacks around it
     22. pipeline   one request's life; the handlers
-    23. server     ROUTES, listening, draining
+    23. server     listening, finding local servers, draining
     24. cli        the command line
 
 A section uses its own names and those of the sections before it, never those after it, and a
@@ -44,7 +45,8 @@ name that starts with an underscore is private to its section. Sections marked (
 I/O, read no clock and await nothing. tests/test_layout.py holds us to all of it.
 
 Short names used throughout: `op` is an Operation, `part` a StreamPart, `target` one place to
-send to, `now` the monotonic clock in seconds.
+send to, `who` its name in a message, `said` what a message says, `head` an HTTP head, `ident` a
+provider's id, `now` the monotonic clock in seconds.
 """
 
 from __future__ import annotations
@@ -151,6 +153,12 @@ class BadRequest(BitrouterError):
     status, kind, code = 400, Kind.INVALID_REQUEST, "invalid_request"
 
 
+class BadHttp(BadRequest):
+    """The message itself is malformed, whatever it wanted to say."""
+
+    code = "malformed_http"
+
+
 class Unauthorized(BitrouterError):
     status, kind, code = 401, Kind.AUTH, "invalid_api_key"
 
@@ -193,6 +201,12 @@ class ProtocolUnsupported(BitrouterError):
     """No target of the chain speaks the caller's protocol."""
 
     status, kind, code = 501, Kind.UNSUPPORTED, "protocol_unsupported"
+
+
+class CallerGone(BitrouterError):
+    """The caller hung up. Nobody reads this; the status is nginx's."""
+
+    status, code = 499, "caller_gone"
 
 
 class UpstreamError(BitrouterError):
@@ -259,7 +273,7 @@ class UpstreamBroken(UpstreamError):
     """The provider answered with a 408 or a 5xx."""
 
 
-class UpstreamSurpassed(UpstreamError):
+class UpstreamUnfit(UpstreamError):
     """This model cannot serve this prompt (too long, filtered, unknown there); another may."""
 
     status, kind = 400, Kind.INVALID_REQUEST
@@ -278,7 +292,7 @@ class AllAttemptsFailed(UpstreamError):
 
 
 # ---------------------------------------------------------------------------------------------
-# 2. basics: secrets, ids, JSON we did not write and must not rewrite (pure)
+# 2. basics: secrets, JSON we did not write and must not rewrite, words for people (pure)
 # ---------------------------------------------------------------------------------------------
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -298,6 +312,10 @@ class Secret:
 
     def reveal(self) -> str:
         return self._text
+
+    def redact(self, text: str) -> str:
+        """A text without it."""
+        return text.replace(self._text, "[redacted]") if self._text else text
 
     def __repr__(self) -> str:
         return f"Secret(...{self._text[-4:]})" if len(self._text) > 16 else "Secret(...)"
@@ -362,7 +380,7 @@ class Document:
         else:
             self._edits.append((start + 1, start + 1, f"{json.dumps(inner)}:{new},"))
 
-    def text(self) -> bytes:
+    def encoded(self) -> bytes:
         """The document with its edits, in UTF-8."""
         edits = self._edits
         if self._added:
@@ -453,12 +471,12 @@ def maybe(obj: JsonObject, key: str, kind: type[T]) -> T | None:
     return value
 
 
-def listed(value: Json) -> list[Json]:
+def as_list(value: Json) -> list[Json]:
     """A list from JSON of unknown shape; empty for anything else."""
     return value if isinstance(value, list) else []
 
 
-def table(value: Json) -> JsonObject:
+def as_object(value: Json) -> JsonObject:
     """An object from JSON of unknown shape; empty for anything else."""
     return value if isinstance(value, dict) else {}
 
@@ -574,17 +592,17 @@ class ResponseHead(NamedTuple):
 def parse_request_head(head: bytes) -> RequestHead:
     """Parse everything up to and including the blank line. Raises BadRequest."""
     if _REQUEST_HEAD.fullmatch(head) is None:
-        raise BadRequest(_what_is_wrong(head), code="malformed_http")
+        raise BadHttp(_what_is_wrong(head))
     first, *lines = head[:-4].decode("latin-1").split("\r\n")
     method, target, version = first.split(" ")
     headers = _headers(lines)
     if version == "HTTP/1.1" and "host" not in headers:
-        raise BadRequest("an HTTP/1.1 request needs a Host header", code="malformed_http")
+        raise BadHttp("an HTTP/1.1 request needs a Host header")
     if not target.startswith("/"):
         target, headers["host"] = _absolute(target)
     if _HOST.fullmatch(headers.get("host", "")) is None:
         shown = printable(headers["host"], 80)
-        raise BadRequest(f"malformed host: {shown!r}", code="malformed_http")
+        raise BadHttp(f"malformed host: {shown!r}")
     connection = headers.get("connection", "").lower()
     keep = "close" not in connection if version == "HTTP/1.1" else "keep-alive" in connection
     return RequestHead(method, target, headers, keep, int(version[-1]))
@@ -595,7 +613,7 @@ def _absolute(target: str) -> tuple[str, str]:
     found = re.fullmatch(r"https?://([^/?#]+)(/[^#]*|\?[^#]*)?", target)
     if found is None:
         shown = printable(target, 80)
-        raise BadRequest(f"malformed request target: {shown!r}", code="malformed_http")
+        raise BadHttp(f"malformed request target: {shown!r}")
     path = found[2] or "/"
     return (path if path.startswith("/") else f"/{path}"), found[1]
 
@@ -629,7 +647,7 @@ def _headers(lines: list[str]) -> Headers:
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
             if name in _ONLY_ONCE:
-                raise BadRequest(f"{name}: this header is given twice", code="malformed_http")
+                raise BadHttp(f"{name}: this header is given twice")
             value = f"{headers[name]}, {value}"
         headers[name] = value
     return headers
@@ -656,7 +674,7 @@ def request_framing(head: RequestHead) -> int:
     if coding is not None:
         if length is not None or coding.lower() != "chunked" or head.minor == 0:
             said = "with content-length" if length is not None else repr(printable(coding, 40))
-            raise BadRequest(f"transfer-encoding {said} is not accepted", code="malformed_http")
+            raise BadHttp(f"transfer-encoding {said} is not accepted")
         return CHUNKED
     return _length(length) if length is not None else 0
 
@@ -677,9 +695,7 @@ def response_framing(head: ResponseHead, method: str = "POST") -> int:
 
 def _length(text: str) -> int:
     if _LENGTH.fullmatch(text) is None:
-        raise BadRequest(
-            f"content-length: expected digits, got {printable(text, 40)!r}", code="malformed_http"
-        )
+        raise BadHttp(f"content-length: expected digits, got {printable(text, 40)!r}")
     return int(text)
 
 
@@ -732,7 +748,7 @@ class BodyDecoder:
             if end < 0:
                 self._line = data[at:]
                 if len(self._line) > _MAX_CHUNK_LINE or b"\n" in self._line:
-                    raise BadRequest("a chunk's size line has no end", code="malformed_http")
+                    raise BadHttp("a chunk's size line has no end")
                 break
             self._size_line(data[at:end])
             at = end + 2
@@ -757,7 +773,7 @@ class BodyDecoder:
     def _chunk_end(self, data: bytes, at: int) -> int:
         end = data[at : at + self._left]
         if end != b"\r\n"[2 - self._left :][: len(end)]:
-            raise BadRequest("a chunk is longer than its size says", code="malformed_http")
+            raise BadHttp("a chunk is longer than its size says")
         self._left -= len(end)
         return at + len(end)
 
@@ -765,12 +781,12 @@ class BodyDecoder:
         if self._trailer >= 0:
             self._trailer += len(line)
             if self._trailer > _MAX_TRAILER_BYTES or b"\n" in line:
-                raise BadRequest("the trailer is malformed", code="malformed_http")
+                raise BadHttp("the trailer is malformed")
             self.done = not line
             return
         found = _CHUNK_LINE.fullmatch(line)
         if found is None:
-            raise BadRequest(f"malformed chunk size: {_show(line)}", code="malformed_http")
+            raise BadHttp(f"malformed chunk size: {_show(line)}")
         size = int(found[1], 16)
         if size:
             self._left = size + 2
@@ -1061,7 +1077,7 @@ class Codec(NamedTuple):
 
     Attributes:
         comments: whether the protocol's own SDKs survive comments in a stream.
-        keepalive: bytes that they survive between two events.
+        heartbeat: bytes that they survive between two events.
         end_mark: what ends a stream, for a provider that finished and forgot to say so.
         strict: whether a block of whole events is in the form that all SDKs of the protocol read.
         dull: whether a block holds nothing for `note`. May say no for nothing, never yes.
@@ -1075,7 +1091,7 @@ class Codec(NamedTuple):
     usage: Callable[[JsonObject], Usage | None]
     what_is_missing: Callable[[JsonObject], str]
     comments: bool
-    keepalive: bytes
+    heartbeat: bytes
     end_mark: bytes
     strict: Callable[[bytes], bool]
     dull: Callable[[bytes], bool]
@@ -1218,10 +1234,10 @@ def _chat_note(state: StreamState, chunk: JsonObject) -> None:
     if error := openai_parse_error(chunk):
         state.error = error
     state.usage = _chat_usage(chunk) or state.usage
-    for choice in listed(chunk.get("choices")):
+    for choice in as_list(chunk.get("choices")):
         if dig(choice, "finish_reason"):
             state.finished = state.started = True
-        delta = table(dig(choice, "delta"))
+        delta = as_object(dig(choice, "delta"))
         if any(dig(delta, key) for key in _CHAT_SUBSTANCE):
             state.started = True
         if dig(choice, "text"):  # the older /v1/completions
@@ -1330,7 +1346,7 @@ CHAT = Codec(
     usage=_chat_usage,
     what_is_missing=_chat_what_is_missing,
     comments=True,
-    keepalive=b": keepalive\n\n",
+    heartbeat=b": keepalive\n\n",
     end_mark=b"data: [DONE]\n\n",
     strict=_chat_strict,
     dull=_chat_dull,
@@ -1394,7 +1410,7 @@ def _responses_dull(block: bytes) -> bool:
 
 def _responses_note(state: StreamState, event: JsonObject) -> None:
     kind = str(event.get("type"))
-    response = table(event.get("response"))
+    response = as_object(event.get("response"))
     if response:
         state.usage = _responses_usage(response) or state.usage
         state.memo["response"] = response
@@ -1433,7 +1449,7 @@ RESPONSES = Codec(
     usage=_responses_usage,
     what_is_missing=_responses_what_is_missing,
     comments=True,
-    keepalive=b": keepalive\n\n",
+    heartbeat=b": keepalive\n\n",
     end_mark=b"",
     strict=_responses_strict,
     dull=_responses_dull,
@@ -1534,7 +1550,7 @@ def _messages_dull(block: bytes) -> bool:
 def _messages_note(state: StreamState, event: JsonObject) -> None:
     match event.get("type"):
         case "message_start":
-            state.memo["usage"] = dict(table(dig(event, "message", "usage")))
+            state.memo["usage"] = dict(as_object(dig(event, "message", "usage")))
             state.usage = _messages_sum(state.memo["usage"])
         case "content_block_start":
             state.started = state.started or dig(event, "content_block", "type") != "text"
@@ -1544,7 +1560,7 @@ def _messages_note(state: StreamState, event: JsonObject) -> None:
             state.started = True
             state.finished = state.finished or bool(dig(event, "delta", "stop_reason"))
             # wire: cumulative; what it does not name keeps its value from message_start
-            told = {k: v for k, v in table(event.get("usage")).items() if v is not None}
+            told = {k: v for k, v in as_object(event.get("usage")).items() if v is not None}
             state.memo["usage"] = {**state.memo.get("usage", {}), **told}
             state.usage = _messages_sum(state.memo["usage"])
         case "message_stop":
@@ -1598,10 +1614,15 @@ def _messages_render_response(
     assert isinstance(last, Finished)  # noqa: S101  a part list always ends so
     message = _messages_skeleton(prompt, label)
     usage = {"input_tokens": last.usage.input_tokens, "output_tokens": last.usage.output_tokens}
-    return {**message, "content": content, "stop_reason": _STOPS[last.finish], "usage": usage}
+    return {
+        **message,
+        "content": content,
+        "stop_reason": _MESSAGES_STOPS[last.finish],
+        "usage": usage,
+    }
 
 
-_STOPS = {Finish.STOP: "end_turn", Finish.TOOL_CALLS: "tool_use"}
+_MESSAGES_STOPS = {Finish.STOP: "end_turn", Finish.TOOL_CALLS: "tool_use"}
 
 
 def _messages_skeleton(prompt: Prompt, label: AnswerLabel) -> JsonObject:
@@ -1626,7 +1647,11 @@ class _MessagesEncoder:
         self._opened = False
 
     def encode(self, part: StreamPart) -> bytes:
-        out = b"" if self._opened else _named({"type": "message_start", "message": self._message})
+        out = (
+            b""
+            if self._opened
+            else _messages_event({"type": "message_start", "message": self._message})
+        )
         self._opened = True
         match part:
             case TextDelta(text):
@@ -1638,32 +1663,34 @@ class _MessagesEncoder:
                 out += self._close()
                 out += self._open({"type": "tool_use", "id": ident, "name": name, "input": {}})
                 out += self._delta({"type": "input_json_delta", "partial_json": arguments})
-                return out + _named({"type": "content_block_stop", "index": self._index})
+                return out + _messages_event({"type": "content_block_stop", "index": self._index})
             case Finished(finish, usage):
                 return out + self._close() + self._end(finish, usage)
 
     def _open(self, block: JsonObject) -> bytes:
         self._index += 1
         event = {"type": "content_block_start", "index": self._index, "content_block": block}
-        return _named(event)
+        return _messages_event(event)
 
     def _delta(self, delta: JsonObject) -> bytes:
-        return _named({"type": "content_block_delta", "index": self._index, "delta": delta})
+        return _messages_event(
+            {"type": "content_block_delta", "index": self._index, "delta": delta}
+        )
 
     def _close(self) -> bytes:
         if not self._in_text:
             return b""
         self._in_text = False
-        return _named({"type": "content_block_stop", "index": self._index})
+        return _messages_event({"type": "content_block_stop", "index": self._index})
 
     def _end(self, finish: Finish, usage: Usage) -> bytes:
-        delta = {"stop_reason": _STOPS[finish], "stop_sequence": None}
+        delta = {"stop_reason": _MESSAGES_STOPS[finish], "stop_sequence": None}
         counts = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
         event = {"type": "message_delta", "delta": delta, "usage": counts}
-        return _named(event) + MESSAGES.end_mark
+        return _messages_event(event) + MESSAGES.end_mark
 
 
-def _named(event: JsonObject) -> bytes:
+def _messages_event(event: JsonObject) -> bytes:
     return sse_encode(compact(event), event["type"])
 
 
@@ -1674,7 +1701,7 @@ MESSAGES = Codec(
     usage=_messages_usage,
     what_is_missing=_messages_what_is_missing,
     comments=True,
-    keepalive=b'event: ping\ndata: {"type": "ping"}\n\n',
+    heartbeat=b'event: ping\ndata: {"type": "ping"}\n\n',
     end_mark=b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
     strict=_messages_strict,
     dull=_messages_dull,
@@ -1732,9 +1759,9 @@ def _gemini_parse_error(body: JsonObject) -> ErrorFacts | None:
     error = body.get("error")
     if not error:
         return None
-    details = listed(dig(error, "details"))
+    details = as_list(dig(error, "details"))
     words = [dig(error, "status"), *(dig(d, "reason") for d in details)]
-    violations = [v for d in details for v in listed(dig(d, "violations"))]
+    violations = [v for d in details for v in as_list(dig(d, "violations"))]
     words += [dig(v, "quotaId") for v in violations]
     delays = [seconds_of(str(dig(d, "retryDelay"))) for d in details if dig(d, "retryDelay")]
     retry_after_s = next((s for s in delays if s is not None), None)
@@ -1782,7 +1809,7 @@ def _gemini_note(state: StreamState, chunk: JsonObject) -> None:
     if "error" in chunk:
         state.error = _gemini_parse_error(chunk)
     state.usage = _gemini_usage(chunk) or state.usage
-    for candidate in listed(chunk.get("candidates")):
+    for candidate in as_list(chunk.get("candidates")):
         if dig(candidate, "finishReason"):
             state.started = state.finished = True
         if dig(candidate, "content", "parts"):
@@ -1806,7 +1833,7 @@ GEMINI = Codec(
     usage=_gemini_usage,
     what_is_missing=_gemini_what_is_missing,
     comments=False,
-    keepalive=b"\r\n",
+    heartbeat=b"\r\n",
     end_mark=b"",
     strict=_gemini_strict,
     dull=_gemini_dull,
@@ -1967,7 +1994,7 @@ def judge(who: str, status: int, facts: ErrorFacts) -> UpstreamError:
         return UpstreamGarbled(f"{who} answered {status}, which is no answer", detail=said)
     message = f"{who} answered {status}" + (f": {said}" if said else "")
     kind = verdict.kind if verdict in (UpstreamNoCredit, UpstreamLimited) else kind_of(status)
-    code = next((word for word in facts.words & _TELLING_WORDS), "")
+    code = min(facts.words & _TELLING_WORDS, default="")
     if status == 429 and any("perday" in word for word in facts.words):
         code = "daily_quota_exceeded"  # wire: Google's QuotaFailure names `...PerDay...` quotas
     return verdict(message, status=status, kind=kind, code=code)
@@ -1986,7 +2013,7 @@ def _bad_key(status: int, said: ErrorFacts) -> bool:
     return ours or (status == 400 and bool(said.words & _BAD_KEY_WORDS))
 
 
-def _surpassed(status: int, said: ErrorFacts) -> bool:
+def _unfit(status: int, said: ErrorFacts) -> bool:
     words, text = said.words, said.message
     no_model = "model_not_found" in words or bool(_NO_MODEL_TEXT.search(text))
     too_long = words & _TOO_LONG_WORDS or _TOO_LONG_TEXT.search(text)
@@ -2000,7 +2027,7 @@ _VERDICTS: tuple[tuple[type[UpstreamError], Callable[[int, ErrorFacts], bool]], 
     (UpstreamLimited, lambda status, _: status == 429),
     (UpstreamBroken, lambda status, _: status == 408 or status >= 500),
     (UpstreamGarbled, lambda status, _: status < 400),
-    (UpstreamSurpassed, _surpassed),
+    (UpstreamUnfit, _unfit),
     (UpstreamRejected, lambda *_: True),
 )
 
@@ -2688,7 +2715,7 @@ def find_model(text: str) -> Model | None:
     """The catalogue's model for an id as people write it: bare, dashed, dated, in capitals."""
     lab, slash, rest = text.removeprefix("models/").partition("/")
     wanted = normal_id(f"{_LABS.get(lab, lab)}/{rest}" if slash else lab)
-    ident = _by_bare_id().get(wanted) or _by_bare_id().get(undated(wanted))
+    ident = _by_bare_id().get(wanted) or _by_bare_id().get(_undated(wanted))
     return catalogue()[ident] if ident else None
 
 
@@ -2696,7 +2723,7 @@ def normal_id(text: str) -> str:
     return text.lower().replace(".", "-").replace("_", "-")
 
 
-def undated(ident: str) -> str:
+def _undated(ident: str) -> str:
     """claude-sonnet-4-5-20250929 and gpt-4o-2024-08-06 without their dates."""
     return re.sub(r"-(20\d{6}|20\d\d-[01]\d-[0-3]\d|latest)$", "", ident)
 
@@ -2763,7 +2790,7 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
 ECHO_MODEL = "echo/echo"  # the built-in model; nobody else may be called so
 
 
-def _key(default: T, *, low: float | None = None, words: tuple[str, ...] = ()) -> T:
+def _limited(default: T, *, low: float | None = None, words: tuple[str, ...] = ()) -> T:
     """A field with limits: a least value, or the words that it may be."""
     return field(default=default, metadata={"low": low, "words": words})
 
@@ -2787,48 +2814,48 @@ _SPEAKS_AS_KNOWN = ProtocolRules()
 class Timeouts:
     """Seconds. Each covers one stretch of an attempt; `total_s` bounds answers, not streams."""
 
-    connect_s: float = _key(10.0, low=0.01)
-    first_token_s: float = _key(120.0, low=0.01)
-    idle_s: float = _key(120.0, low=0.01)
-    total_s: float = _key(600.0, low=0.01)
-    pool_idle_s: float = _key(55.0, low=0.0)  # nginx and most edges close at 60 or 75
+    connect_s: float = _limited(10.0, low=0.01)
+    first_token_s: float = _limited(120.0, low=0.01)
+    idle_s: float = _limited(120.0, low=0.01)
+    total_s: float = _limited(600.0, low=0.01)
+    pool_idle_s: float = _limited(55.0, low=0.0)  # nginx and most edges close at 60 or 75
 
 
 @dataclass(slots=True)
 class SomeTimeouts:
     """A provider's own, where they differ."""
 
-    connect_s: float | None = _key(None, low=0.01)
-    first_token_s: float | None = _key(None, low=0.01)
-    idle_s: float | None = _key(None, low=0.01)
-    total_s: float | None = _key(None, low=0.01)
+    connect_s: float | None = _limited(None, low=0.01)
+    first_token_s: float | None = _limited(None, low=0.01)
+    idle_s: float | None = _limited(None, low=0.01)
+    total_s: float | None = _limited(None, low=0.01)
 
 
 @dataclass(slots=True)
 class Retry:
     """Of the same target: how often, and how long the first and the longest pause may be."""
 
-    max: int = _key(2, low=0)
-    base_ms: float = _key(250.0, low=0)
-    max_ms: float = _key(4000.0, low=0)
+    max: int = _limited(2, low=0)
+    base_ms: float = _limited(250.0, low=0)
+    max_ms: float = _limited(4000.0, low=0)
 
 
 @dataclass(slots=True)
 class Breaker:
     """So many failures within a window, and the target is spared for a while."""
 
-    failures: int = _key(5, low=1)
-    window_s: float = _key(60.0, low=0.01)
-    cooldown_s: float = _key(30.0, low=0.01)
+    failures: int = _limited(5, low=1)
+    window_s: float = _limited(60.0, low=0.01)
+    cooldown_s: float = _limited(30.0, low=0.01)
 
 
 @dataclass(slots=True)
 class Server:
     listen: str = "127.0.0.1:4356"
-    auth: str = _key("auto", words=("auto", "none", "required"))
+    auth: str = _limited("auto", words=("auto", "none", "required"))
     base_path: str = ""
-    max_body_mb: float = _key(100.0, low=0.001)
-    log_format: str = _key("auto", words=("auto", "text", "json"))
+    max_body_mb: float = _limited(100.0, low=0.001)
+    log_format: str = _limited("auto", words=("auto", "text", "json"))
     allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     health_listen: str = ""
@@ -2852,10 +2879,10 @@ class AccountConfig:
 class Pricing:
     """US dollars per million tokens."""
 
-    input: float | None = _key(None, low=0)
-    output: float | None = _key(None, low=0)
-    cache_read: float | None = _key(None, low=0)
-    cache_write: float | None = _key(None, low=0)
+    input: float | None = _limited(None, low=0)
+    output: float | None = _limited(None, low=0)
+    cache_read: float | None = _limited(None, low=0)
+    cache_write: float | None = _limited(None, low=0)
 
 
 @dataclass(slots=True)
@@ -2865,8 +2892,8 @@ class DeclaredModel:
     id: str
     provider_model_id: str = ""
     api_protocol: ProtocolRules = _SPEAKS_AS_KNOWN
-    context: int = _key(0, low=0)
-    max_output: int = _key(0, low=0)
+    context: int = _limited(0, low=0)
+    max_output: int = _limited(0, low=0)
     pricing: Pricing = field(default_factory=Pricing)
 
 
@@ -2875,7 +2902,7 @@ class ProviderConfig:
     api_base: str = ""
     api_key: Secret | None = None
     accounts: tuple[AccountConfig, ...] = ()
-    account_strategy: str = _key("failover", words=("failover", "balance"))
+    account_strategy: str = _limited("failover", words=("failover", "balance"))
     api_protocol: ProtocolRules = _SPEAKS_AS_KNOWN
     models: tuple[DeclaredModel, ...] = ()
     extra_headers: dict[str, str] = field(default_factory=dict)
@@ -2891,7 +2918,7 @@ class Endpoint:
 @dataclass(slots=True)
 class VirtualModel:
     endpoints: tuple[Endpoint, ...]
-    strategy: str = _key("priority", words=("priority",))
+    strategy: str = _limited("priority", words=("priority",))
 
 
 @dataclass(slots=True)
@@ -2922,7 +2949,7 @@ class Loaded(NamedTuple):
     unset: list[str]
 
 
-Path_: TypeAlias = tuple[str | int, ...]  # where in the file: ("providers", "openai", "api_key")
+_KeyPath: TypeAlias = tuple[str | int, ...]  # where in the file: ("providers", "openai", "api_key")
 
 
 def parse_config(text: str, environ: Mapping[str, str], name: str = "bitrouter.toml") -> Loaded:
@@ -2954,11 +2981,11 @@ class _Reader:
     """Walks a dataclass and a parsed table together, and notes what does not fit."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
-        self.found: list[tuple[Path_, str]] = []
-        self.unset: list[tuple[Path_, str]] = []
+        self.found: list[tuple[_KeyPath, str]] = []
+        self.unset: list[tuple[_KeyPath, str]] = []
         self._environ = environ
 
-    def table(self, kind: Callable[..., T], raw: Json, path: Path_) -> T:
+    def table(self, kind: Callable[..., T], raw: Json, path: _KeyPath) -> T:
         """A dataclass from a table; fields that are wrong keep their defaults."""
         known = _hints(kind)
         values: dict[str, Any] = {}
@@ -2983,7 +3010,7 @@ class _Reader:
                 values.pop(spec.name, None)
         return kind(**values)
 
-    def value(self, kind: Any, raw: Json, path: Path_) -> Any:
+    def value(self, kind: Any, raw: Json, path: _KeyPath) -> Any:
         """A value of a field's type, or None after noting what is wrong."""
         from typing import get_args, get_origin
 
@@ -2996,7 +3023,7 @@ class _Reader:
             return self.table(kind, raw, path)  # type: ignore[arg-type]  # it is a type
         return self._protocols(raw, path) if kind is ProtocolRules else self._plain(kind, raw, path)
 
-    def _several(self, kind: Any, options: list[Any], raw: Json, path: Path_) -> Any:
+    def _several(self, kind: Any, options: list[Any], raw: Json, path: _KeyPath) -> Any:
         if kind is tuple and isinstance(raw, list):
             values = [self.value(options[0], one, (*path, i)) for i, one in enumerate(raw)]
             return tuple(value for value in values if value is not None)
@@ -3005,7 +3032,7 @@ class _Reader:
             return {key: value for key, value in pairs.items() if value is not None}
         return self._mismatch(path, "a list" if kind is tuple else "a table", raw)
 
-    def _plain(self, kind: Any, raw: Json, path: Path_) -> Any:
+    def _plain(self, kind: Any, raw: Json, path: _KeyPath) -> Any:
         wanted = str if kind is Secret else kind
         if kind is float and type(raw) is int and abs(raw) < 1e15:
             raw = float(raw)
@@ -3017,7 +3044,7 @@ class _Reader:
                 return Secret(raw)
         return raw
 
-    def _protocols(self, raw: Json, path: Path_) -> ProtocolRules:
+    def _protocols(self, raw: Json, path: _KeyPath) -> ProtocolRules:
         table = raw if isinstance(raw, dict) else {"*": raw}
         rules = []
         for glob, names in table.items():
@@ -3027,14 +3054,14 @@ class _Reader:
         # the longest glob wins, as the most particular one
         return ProtocolRules(tuple(sorted(rules, key=lambda rule: ("*" in rule[0], -len(rule[0])))))
 
-    def _protocol(self, name: Json, path: Path_) -> ApiProtocol | None:
+    def _protocol(self, name: Json, path: _KeyPath) -> ApiProtocol | None:
         protocol = PROTOCOL_NAMES.get(name) if isinstance(name, str) else None
         if protocol is None:
             known = ", ".join(ApiProtocol)
             self.problem(path, f"{_dotted(path)}: expected one of {known}, got {show_json(name)}")
         return protocol
 
-    def _limits(self, limits: Mapping[str, Any], value: Any, path: Path_) -> None:
+    def _limits(self, limits: Mapping[str, Any], value: Any, path: _KeyPath) -> None:
         low, words = limits.get("low"), limits.get("words")
         if low is not None and not low <= value < 1e12:
             self.problem(path, f"{_dotted(path)}: expected {low:g} or more, got {show_json(value)}")
@@ -3042,17 +3069,17 @@ class _Reader:
             said = f"expected one of {', '.join(words)}, got {show_json(value)}"
             self.problem(path, f"{_dotted(path)}: {said}")
 
-    def _substituted(self, text: str, path: Path_) -> str:
+    def _substituted(self, text: str, path: _KeyPath) -> str:
         expanded, missing = expand(text, self._environ)
         for name in missing:
             said = f"{_dotted(path)}: the environment variable {name} is not set"
             self.unset.append((path, said))
         return expanded
 
-    def problem(self, path: Path_, said: str) -> None:
+    def problem(self, path: _KeyPath, said: str) -> None:
         self.found.append((path, said))
 
-    def _mismatch(self, path: Path_, wanted: str, raw: Json) -> None:
+    def _mismatch(self, path: _KeyPath, wanted: str, raw: Json) -> None:
         # Below these two, a value in the wrong place may well be a key.
         hidden = path[:1] in (("providers",), ("keys",)) and type(raw) in _JSON_KINDS
         shown = _JSON_KINDS[type(raw)] if hidden else show_json(raw)
@@ -3099,7 +3126,7 @@ def _near(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else f"allowed here: {', '.join(known)}"
 
 
-def _dotted(path: Path_) -> str:
+def _dotted(path: _KeyPath) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in path).lstrip(".")
 
 
@@ -3110,7 +3137,7 @@ class _Lines:
         self._lines = text.split("\n")
         self._name = name
 
-    def of(self, path: Path_) -> str:
+    def of(self, path: _KeyPath) -> str:
         """`file:line` of a key, of the nearest thing around it, or of the file."""
         names = [str(part) for part in path if isinstance(part, str)]
         at = self._toml(names) if not self._name.endswith(".json") else self._json(names)
@@ -3135,7 +3162,7 @@ class _Lines:
                 best, depth = number, score
         return best
 
-    def _nth(self, path: Path_, start: int) -> int:
+    def _nth(self, path: _KeyPath, start: int) -> int:
         """The line of the i-th entry of the list that begins at a line, as far as it can be told:
         entries are tables, in `[[...]]` or in braces."""
         index = next(part for part in path if isinstance(part, int))
@@ -3179,7 +3206,7 @@ def _split_key(text: str) -> list[str]:
 def _check_references(config: Config, reader: _Reader) -> None:
     for ident, provider in config.providers.items():
         _check_provider(ident, provider, reader)
-    at: Path_
+    at: _KeyPath
     names: dict[str, str] = {}
     for ident in config.providers:
         other = names.setdefault(provider_id(ident), ident)
@@ -3205,14 +3232,14 @@ def _check_references(config: Config, reader: _Reader) -> None:
 
 
 def _check_provider(ident: str, provider: ProviderConfig, reader: _Reader) -> None:
-    at: Path_ = ("providers", ident)
+    at: _KeyPath = ("providers", ident)
     if provider_id(ident) not in PROVIDERS and not provider.api_base:
         near = near_misses(ident, [*PROVIDERS, *ALIASES], 1)
         hint = f"did you mean {near[0]}?" if near else "one of your own needs an api_base"
         reader.problem(at, f"providers.{ident}: this provider is not known; {hint}")
     if provider.api_key and provider.accounts:
         reader.problem(at, f"providers.{ident}: give api_key or accounts, not both")
-    bases: list[tuple[Path_, str]] = [((*at, "api_base"), provider.api_base)]
+    bases: list[tuple[_KeyPath, str]] = [((*at, "api_base"), provider.api_base)]
     for i, account in enumerate(provider.accounts):
         bases.append(((*at, "accounts", i, "api_base"), account.api_base))
     for where, base in bases:
@@ -3288,6 +3315,11 @@ def _is_near(host: str) -> bool:
         return False
     local = (".local", ".internal", ".lan", ".localhost", ".home", ".intranet", ".svc")
     return "." not in host or host.endswith((*local, ".cluster.local"))
+
+
+def is_local(listen: str) -> bool:
+    """Whether only this machine can reach an address to listen on."""
+    return listen.startswith("unix:") or is_loopback(listen.rpartition(":")[0])
 
 
 def is_loopback(host: str) -> bool:
@@ -3536,7 +3568,7 @@ class Target:
         return f"{self.provider}:{self.account}" if self.account else self.provider
 
 
-class Candidate(NamedTuple):
+class _Candidate(NamedTuple):
     """A provider and its own id for a model, before protocol and account are chosen."""
 
     provider: str
@@ -3612,13 +3644,13 @@ class Router:
             return Route(model, tuple(chain), tuple(reasons), tuple(left_out))
         raise self._why_nobody(model, op)
 
-    def _candidates(self, model: str) -> Iterator[Candidate]:
+    def _candidates(self, model: str) -> Iterator[_Candidate]:
         """Who may serve a model, best first, configured or not."""
         virtual = self.config.models.get(model)
         if virtual:
             for n, endpoint in enumerate(virtual.endpoints, 1):
                 ident = provider_id(endpoint.provider)
-                yield Candidate(ident, self._own_id(ident, endpoint.service_id), f"endpoint {n}")
+                yield _Candidate(ident, self._own_id(ident, endpoint.service_id), f"endpoint {n}")
             return
         seen = set()
         for found in self._by_name(model):
@@ -3626,7 +3658,7 @@ class Router:
                 seen.add(found.provider)
                 yield found
 
-    def _by_name(self, model: str) -> Iterator[Candidate]:
+    def _by_name(self, model: str) -> Iterator[_Candidate]:
         declared = list(self._declared(model))
         yield from declared
         model = model.removeprefix("models/")
@@ -3635,7 +3667,7 @@ class Router:
         facts = find_model(model)
         if separator and (ident in PROVIDERS or ident in self.active):
             if separator == ":" or ident not in _LAB_OF:
-                yield Candidate(ident, self._declared_id(ident, rest), "named in the model id")
+                yield _Candidate(ident, self._declared_id(ident, rest), "named in the model id")
             else:
                 yield from self._of_lab(ident, rest)
         elif facts:
@@ -3644,39 +3676,39 @@ class Router:
             as_written = bare if separator else model
             yield from self._of_lab(own, as_written) if own else self._carriers(facts, "")
         elif separator == "/":
-            yield from (Candidate(other, model, _TAKES_ANY) for other in _OPEN_GATEWAYS)
+            yield from (_Candidate(other, model, _TAKES_ANY) for other in _OPEN_GATEWAYS)
         elif not declared:
             bare = model.lower().removeprefix("ft:")  # OpenAI's fine-tuned models
             family = next((p for p, starts in FAMILIES if bare.startswith(starts)), "")
             if family:
                 yield from self._of_lab(family, model)
 
-    def _declared(self, model: str) -> Iterator[Candidate]:
+    def _declared(self, model: str) -> Iterator[_Candidate]:
         """Providers whose own list of models, in the file or found, has this very id."""
         for ident, provider in self.active.items():
             for declared in provider.models:
                 if declared.id == model:
                     own = declared.provider_model_id or declared.id
-                    yield Candidate(ident, own, "declares the model")
+                    yield _Candidate(ident, own, "declares the model")
 
-    def _of_lab(self, ident: str, model: str) -> Iterator[Candidate]:
+    def _of_lab(self, ident: str, model: str) -> Iterator[_Candidate]:
         """The lab's own provider first, then everybody else who carries the model."""
         lab = _LAB_OF[ident]
         facts = find_model(f"{lab}/{model}")
-        yield Candidate(ident, self._own_id(ident, model), "the model's own provider")
+        yield _Candidate(ident, self._own_id(ident, model), "the model's own provider")
         if facts:
             yield from self._carriers(facts, ident)
         known_as = facts.id if facts else f"{lab}/{model}"
-        yield from (Candidate(other, known_as, _TAKES_ANY) for other in _OPEN_GATEWAYS)
+        yield from (_Candidate(other, known_as, _TAKES_ANY) for other in _OPEN_GATEWAYS)
 
-    def _carriers(self, facts: Model, own: str) -> Iterator[Candidate]:
+    def _carriers(self, facts: Model, own: str) -> Iterator[_Candidate]:
         def rank(ident: str) -> tuple[int, str]:
             return _KIND_RANK[PROVIDERS[ident].kind], ident
 
         others = [ident for ident in facts.carried if ident in PROVIDERS and ident != own]
         for ident in sorted(others, key=rank):
             if PROVIDERS[ident].kind != "plan":
-                yield Candidate(ident, facts.carried[ident][0], "carries the model")
+                yield _Candidate(ident, facts.carried[ident][0], "carries the model")
 
     def _declared_id(self, ident: str, model: str) -> str:
         """A provider's own id for a model that the file declares; any other as it is."""
@@ -3773,7 +3805,9 @@ class Router:
             f"nobody here serves the model {shown!r}; {hint}", code="model_not_found", param="model"
         )
 
-    def _unsupported(self, model: str, op: Operation, able: list[Candidate]) -> ProtocolUnsupported:
+    def _unsupported(
+        self, model: str, op: Operation, able: list[_Candidate]
+    ) -> ProtocolUnsupported:
         ways = [
             f"POST {GENERATE_PATHS[protocol]} ({found.provider})"
             for found in able
@@ -3786,8 +3820,8 @@ class Router:
             param="model",
         )
 
-    def _key_missing(self, model: str, first: Candidate) -> KeyMissing:
-        variable = missing_variable(first.provider)
+    def _key_missing(self, model: str, first: _Candidate) -> KeyMissing:
+        variable = _missing_variable(first.provider)
         others = ", ".join(self.active) or "nothing"
         return KeyMissing(
             f"{printable(model)} is served by {first.provider}, whose key is not set: set "
@@ -3826,7 +3860,7 @@ def _split_place(model: str) -> tuple[str, str, str]:
     return (found[1], found[2], found[3]) if found else (model, "", "")
 
 
-def missing_variable(ident: str) -> str:
+def _missing_variable(ident: str) -> str:
     known = PROVIDERS.get(ident)
     return known.env[0] if known else ident.upper().replace("-", "_") + "_API_KEY"
 
@@ -3835,7 +3869,7 @@ def _why_off(ident: str) -> str:
     known = PROVIDERS.get(ident)
     if known and known.kind == "local":
         return "not running on this machine"
-    return f"{missing_variable(ident)} is not set"
+    return f"{_missing_variable(ident)} is not set"
 
 
 def _what_it_speaks(provider: ActiveProvider) -> str:
@@ -4418,7 +4452,7 @@ class Connection(asyncio.Protocol):
             raise UpstreamGarbled(f"{self.who}: {exc.message}") from None
         coding = head.headers.get("content-encoding", "identity")
         if coding.lower() not in ("", "identity"):
-            self._inflater = Inflater(coding, MAX_ANSWER_BYTES, UpstreamGarbled)
+            self._inflater = Inflater(coding, _MAX_ANSWER_BYTES, UpstreamGarbled)
         sink = self._sink
         if sink:
             sink.on_head(head)
@@ -4567,7 +4601,7 @@ class _Nowhere:
 
 
 _NOWHERE = _Nowhere()
-MAX_ANSWER_BYTES = 1024 * 1024 * 1024  # of one unpacked answer, streamed or not
+_MAX_ANSWER_BYTES = 1024 * 1024 * 1024  # of one unpacked answer, streamed or not
 
 
 def tune(transport: asyncio.Transport) -> asyncio.Transport:
@@ -4844,13 +4878,13 @@ class App:
         writer: LogWriter,
         *,
         tick_s: float = 0.5,
-        keepalive_s: float = 15.0,
+        heartbeat_s: float = 15.0,
     ) -> None:
-        """tick_s: how exact deadlines are. keepalive_s: silence after which a stream says so."""
+        """tick_s: how exact deadlines are. heartbeat_s: silence after which a stream says so."""
         self.config = config
         self.environ = environ
         self.writer = writer
-        self.keepalive_s = keepalive_s
+        self.heartbeat_s = heartbeat_s
         active, self.warnings = active_providers(config, environ)
         writer.hide(account.api_key for p in active.values() for account in p.accounts)
         self.router = Router(config, active)
@@ -4962,10 +4996,8 @@ def caller_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str]:
 
 def auth_required(config: Config) -> bool:
     """`auto` means: not on this machine's own addresses, yes on all others."""
-    mode, listen = config.server.auth, config.server.listen
-    if mode != "auto":
-        return mode == "required"
-    return not (listen.startswith("unix:") or is_loopback(listen.rpartition(":")[0]))
+    mode = config.server.auth
+    return not is_local(config.server.listen) if mode == "auto" else mode == "required"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -5005,12 +5037,20 @@ class Reply:
         extra: headers for whatever answer comes.
         on_flow: called with True when the caller reads too slowly, and with False when it has
             caught up.
-        keepalive: what to send when a stream has been silent; b"" for not at all.
+        heartbeat: what to send when a stream has been silent; b"" for not at all.
     """
 
     __slots__ = (
-        "_body_wanted", "_chunked", "_connection", "_minor", "ended", "extra", "keep_alive",
-        "keepalive", "on_flow", "status",
+        "_body_wanted",
+        "_chunked",
+        "_connection",
+        "_minor",
+        "ended",
+        "extra",
+        "heartbeat",
+        "keep_alive",
+        "on_flow",
+        "status",
     )  # fmt: skip
 
     def __init__(self, connection: CallerConnection, head: RequestHead) -> None:
@@ -5018,7 +5058,7 @@ class Reply:
         self.ended = False
         self.extra: Headers = {}
         self.on_flow: Callable[[bool], None] | None = None
-        self.keepalive = b""
+        self.heartbeat = b""
         self.keep_alive = head.keep_alive
         self._connection = connection
         self._minor = head.minor
@@ -5168,7 +5208,7 @@ class CallerConnection(asyncio.Protocol):
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
         if self.errand:
-            self.deadline = self.app.sweeper.now + self.app.keepalive_s
+            self.deadline = self.app.sweeper.now + self.app.heartbeat_s
         if self._reply and self._reply.on_flow:
             self._reply.on_flow(False)
 
@@ -5198,7 +5238,7 @@ class CallerConnection(asyncio.Protocol):
         if self.slow or self._deaf:
             self.abort()
         elif self.errand:
-            self._keep_alive(now)
+            self._beat(now)
         elif self._head or self._inbox:
             self.app.writer.event("request_timed_out", {"received": len(self._inbox)})
             what = "body" if self._head else "head"
@@ -5206,12 +5246,12 @@ class CallerConnection(asyncio.Protocol):
         elif self._transport:
             self._transport.close()
 
-    def _keep_alive(self, now: float) -> None:
+    def _beat(self, now: float) -> None:
         silent_s = now - self._silent_since
-        wait_s = self.app.keepalive_s
+        wait_s = self.app.heartbeat_s
         reply = self._reply
-        if reply and reply.keepalive and reply.status and not reply.ended and silent_s >= wait_s:
-            reply.write(reply.keepalive)
+        if reply and reply.heartbeat and reply.status and not reply.ended and silent_s >= wait_s:
+            reply.write(reply.heartbeat)
         self.deadline = now + wait_s / 2
 
     # A request, as it comes.
@@ -5250,7 +5290,7 @@ class CallerConnection(asyncio.Protocol):
             if len(inbox) > MAX_HEAD_BYTES:
                 raise HeadTooLarge(f"the request's head exceeds {MAX_HEAD_BYTES // 1024} KB")
             if re.search(rb"(?<!\r)\n", inbox):
-                raise BadRequest("lines of a head end in CR LF", code="malformed_http")
+                raise BadHttp("lines of a head end in CR LF")
             self.deadline = min(self.deadline, self.app.sweeper.now + _HEAD_S)
             return None
         self._head = head = parse_request_head(inbox[:end])
@@ -5309,7 +5349,7 @@ class CallerConnection(asyncio.Protocol):
     def _serve(self, head: RequestHead, body: bytes) -> None:
         request = self._request(head, body)
         self._reply = Reply(self, head)
-        self.deadline = self.app.sweeper.now + self.app.keepalive_s
+        self.deadline = self.app.sweeper.now + self.app.heartbeat_s
         errand = Errand(self._loop, self._run(request, self._reply))
         self.errand = None if errand.done else errand
 
@@ -5396,7 +5436,7 @@ JSON_HEADERS = {"content-type": "application/json"}
 _MAX_ERROR_BYTES = 1024 * 1024
 
 
-class Attempt(NamedTuple):
+class _Attempt(NamedTuple):
     """What one call to one target came to."""
 
     target: Target
@@ -5429,7 +5469,7 @@ class Call:
     stream: bool = False
     as_array: bool = False
     hide_usage: bool = False
-    failed: list[Attempt] = field(default_factory=list)
+    failed: list[_Attempt] = field(default_factory=list)
     target: Target | None = None
     attempts: int = 0
     first_at: float | None = None
@@ -5481,7 +5521,7 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
     try:
         await _exchange(app, call, reply, target)
     except UpstreamError as error:
-        if call.op.generates and error.retryable and not isinstance(error, UpstreamSurpassed):
+        if call.op.generates and error.retryable and not isinstance(error, UpstreamUnfit):
             app.health.failed(target, error, time.monotonic())
         else:
             app.health.abandoned(target)
@@ -5512,7 +5552,7 @@ def _refuses_usage_option(app: App, call: Call, target: Target, error: UpstreamE
 def _note_failure(app: App, call: Call, error: UpstreamError, then: str) -> None:
     target = call.target
     assert target is not None  # noqa: S101  an attempt has one
-    call.failed.append(Attempt(target, error))
+    call.failed.append(_Attempt(target, error))
     facts = {
         "id": call.id,
         "attempt": call.attempts,
@@ -5543,7 +5583,7 @@ def _pause_s(app: App, error: UpstreamError, retries: int) -> float | None:
 def _sum_up(call: Call) -> UpstreamError:
     """One error for a chain of failures, with the status that fits them all."""
     errors = [attempt.error for attempt in call.failed]
-    if len(errors) == 1 or isinstance(errors[-1], UpstreamSurpassed):
+    if len(errors) == 1 or isinstance(errors[-1], UpstreamUnfit):
         return errors[-1]
     named = "; ".join(_counted([error.message for error in errors]))
     waits = [e.retry_after_s for e in errors if e.retry_after_s is not None]
@@ -5571,7 +5611,7 @@ def _counted(messages: list[str]) -> list[str]:
 
 async def _exchange(app: App, call: Call, reply: Reply, target: Target) -> None:
     origin, path = origin_of(target.base)
-    request = build_request(app, call, target, path)
+    request = _build_request(app, call, target, path)
     try:
         await _send(app, call, reply, target, origin, request)
     except StaleConnection:  # no byte had come back, so nobody has seen the request
@@ -5624,7 +5664,7 @@ def _sink_for(
     return Collector(done, functools.partial(_answer, call, reply, target))
 
 
-def build_request(app: App, call: Call, target: Target, path: str) -> bytes:
+def _build_request(app: App, call: Call, target: Target, path: str) -> bytes:
     """A request as it goes to a target: the caller's bytes, but for model, key and usage."""
     body, content_type = _body_for(app, call, target)
     suffix = call.op.suffix
@@ -5656,7 +5696,7 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
         document.set("model", target.model)
     if call.hide_usage and target.provider not in app.no_usage_option:
         document.set_in("stream_options", "include_usage", True)
-    return document.text(), "application/json"
+    return document.encoded(), "application/json"
 
 
 def set_form_field(
@@ -5695,7 +5735,7 @@ def _answer(call: Call, reply: Reply, target: Target, head: ResponseHead, body: 
         raise _refusal(call, target, head, body)
     value = _read_answer(call, target, body)
     call.book(call.codec.usage(value))
-    headers = answer_headers(call, target, head)
+    headers = _answer_headers(call, target, head)
     if call.cost_usd is not None:
         headers["x-bitrouter-cost-usd"] = f"{call.cost_usd:.9f}"
     call.first_at = time.monotonic()
@@ -5715,17 +5755,16 @@ def _read_answer(call: Call, target: Target, body: bytes) -> JsonObject:
         raise UpstreamGarbled(f"{target.name} answered 200 with JSON that is not an object")
     facts = call.codec.parse_error(value) if value.get("error") else None
     if facts:
-        raise told_in_band(target, facts)
+        raise _told_in_band(target, facts)
     missing = call.codec.what_is_missing(value) if call.op.generates else ""
     if missing:
         raise UpstreamGarbled(f"{target.name} answered 200 without {missing}")
     return value
 
 
-def told_in_band(target: Target, facts: ErrorFacts) -> UpstreamError:
+def _told_in_band(target: Target, facts: ErrorFacts) -> UpstreamError:
     """What an error inside a 200 means."""
-    key = target.secret.reveal()
-    said = facts.message.replace(key, "[redacted]") if key else facts.message
+    said = target.secret.redact(facts.message)
     return judge(target.name, facts.status or 502, facts._replace(message=said))
 
 
@@ -5738,15 +5777,14 @@ def _usage_at_end(body: bytes) -> JsonObject:
 
 
 def _refusal(call: Call, target: Target, head: ResponseHead, body: bytes) -> UpstreamError:
-    key = target.secret.reveal()
-    if key:
-        body = body.replace(key.encode(), b"[redacted]")
+    # Latin-1 takes any bytes there and back, and a key is ASCII.
+    body = target.secret.redact(body.decode("latin-1")).encode("latin-1")
     wall_s = time.time_ns() / 1e9
     protocol = call.op.protocol
     return upstream_error(target.name, head.status, head.headers, body, protocol, wall_s)
 
 
-def answer_headers(call: Call, target: Target, head: ResponseHead) -> Headers:
+def _answer_headers(call: Call, target: Target, head: ResponseHead) -> Headers:
     """The provider's headers that concern the caller, and ours that say who served it."""
     headers = {
         name: value
@@ -5821,9 +5859,9 @@ class _StreamSink:
         elif not told:
             self._finish(None) if self._open else self._fail(self._nothing_came())
         elif self._open:  # the caller has had the provider's own words already
-            self._finish(told_in_band(self._target, told))
+            self._finish(_told_in_band(self._target, told))
         else:
-            self._fail(told_in_band(self._target, told))
+            self._fail(_told_in_band(self._target, told))
 
     def on_end(self) -> None:
         if self.done.done() or self._head is None:
@@ -5861,12 +5899,12 @@ class _StreamSink:
         assert self._head is not None  # noqa: S101  a body comes after its head
         call, reply = self._call, self._reply
         call.first_at = time.monotonic()
-        headers = answer_headers(call, self._target, self._head)
+        headers = _answer_headers(call, self._target, self._head)
         headers["content-type"] = "text/event-stream; charset=utf-8"
         headers["cache-control"] = "no-cache"
         if call.as_array:
             headers["content-type"] = "application/json; charset=utf-8"
-        reply.keepalive = self._codec.keepalive
+        reply.heartbeat = self._codec.heartbeat
         reply.on_flow = self._on_flow
         self._open = True
         timeouts = self._target.timeouts
@@ -5933,7 +5971,7 @@ class _RawSink:
         if not 200 <= head.status < 300:
             self._refused = []
             return
-        headers = answer_headers(self._call, self._target, head)
+        headers = _answer_headers(self._call, self._target, head)
         length = head.headers.get("content-length")
         if length and "content-encoding" not in head.headers:
             headers["content-length"] = length
@@ -6033,7 +6071,7 @@ class Path(NamedTuple):
     protocol: ApiProtocol
 
 
-def read_path(app: App, request: HttpRequest | None) -> Path:
+def _read_path(app: App, request: HttpRequest | None) -> Path:
     """Which protocol a path belongs to, also when there is nothing at it.
 
     wire: clients add what their base URL has already, and leave out what it lacks:
@@ -6041,12 +6079,12 @@ def read_path(app: App, request: HttpRequest | None) -> Path:
     """
     if request is None:
         return Path("/", False, ApiProtocol.CHAT_COMPLETIONS)
-    google, anthropic = is_google_caller(request), "anthropic-version" in request.headers
-    return _read_path(app.config.server.base_path, request.path, google, anthropic)
+    google, anthropic = _is_google_caller(request), "anthropic-version" in request.headers
+    return _path_for(app.config.server.base_path, request.path, google, anthropic)
 
 
 @functools.lru_cache(maxsize=1024)
-def _read_path(base_path: str, path: str, google: bool, anthropic: bool) -> Path:
+def _path_for(base_path: str, path: str, google: bool, anthropic: bool) -> Path:
     beta, below = _below(base_path, path)
     google = beta or google
     if below.rpartition(":")[2] in GEMINI_VERBS or (google and below not in OPERATIONS):
@@ -6066,7 +6104,7 @@ def _below(base_path: str, path: str) -> tuple[bool, str]:
     return "/v1beta" in prefix, path[len(prefix) :] or "/"
 
 
-def is_google_caller(request: HttpRequest) -> bool:
+def _is_google_caller(request: HttpRequest) -> bool:
     headers, query = request.headers, request.query
     by_query = query.startswith("key=") or "&key=" in query
     return "x-goog-api-key" in headers or "x-goog-api-client" in headers or by_query
@@ -6098,7 +6136,7 @@ def refuse(
     if reply.status:
         reply.cut()  # the answer had begun: nothing more can be said in it
         return
-    codec = CODECS[read_path(app, request).protocol]
+    codec = CODECS[_read_path(app, request).protocol]
     headers = {**JSON_HEADERS, **_retry_headers(error)}
     if isinstance(error, UpstreamError) and call and call.target:
         headers |= _upstream_headers(call, call.target, error)
@@ -6113,7 +6151,7 @@ def refuse(
     reply.send(codec.render_status(error), compact(codec.render_error(error)), headers)
 
 
-def refuse_unread(
+def _refuse_unread(
     app: App, request: HttpRequest | None, reply: Reply, error: BitrouterError
 ) -> None:
     """Answer what was no proper request, and write its line."""
@@ -6156,7 +6194,7 @@ def _line(
     facts: JsonObject = {
         "method": request.head.method,
         "path": printable(request.path),
-        "status": 499 if error and error.code == "caller_gone" else reply.status,
+        "status": error.status if isinstance(error, CallerGone) else reply.status,
     }
     if call:
         facts |= _call_facts(call)
@@ -6193,13 +6231,13 @@ def _usage_is_missing(call: Call) -> bool:
 
 def screen(app: App, request: HttpRequest) -> None:
     """Whether a request may send its body: large ones should not come in vain."""
-    check_origin(app, request)
-    asked = find_route(read_path(app, request), request.head.method)
-    if asked.page is not get_health:
+    _check_origin(app, request)
+    asked = _what_is_asked(_read_path(app, request), request.head.method)
+    if asked.page is not _get_health:
         authenticate(app, request)
 
 
-def check_origin(app: App, request: HttpRequest) -> Headers:
+def _check_origin(app: App, request: HttpRequest) -> Headers:
     """Let no web page use us: neither by a name rebound to our address, nor across origins.
 
     Returns:
@@ -6272,7 +6310,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # Requests to a model.
 
 
-def read_call(
+def _read_call(
     request: HttpRequest, op: Operation, model: str, request_id: str, started_at: float
 ) -> Call:
     """Understand a request to a model. Raises BadRequest, naming the field."""
@@ -6326,9 +6364,9 @@ def _streams(call: Call) -> bool:
 # Lists and status.
 
 
-async def list_models(app: App, request: HttpRequest, reply: Reply) -> None:
+async def _list_models(app: App, request: HttpRequest, reply: Reply) -> None:
     """GET /v1/models and /v1/models/{id}, in the shape of the caller's protocol."""
-    path = read_path(app, request)
+    path = _read_path(app, request)
     wanted = unquote(path.below.removeprefix("/models").strip("/"))
     shape = _MODEL_SHAPES[path.protocol]
     listed = app.router.listing()
@@ -6450,7 +6488,7 @@ _MODEL_SHAPES = {
 }
 
 
-async def get_health(app: App, request: HttpRequest, reply: Reply) -> None:  # noqa: ARG001
+async def _get_health(app: App, request: HttpRequest, reply: Reply) -> None:  # noqa: ARG001
     reply.send(200, compact(health_facts(app)), JSON_HEADERS)
 
 
@@ -6469,9 +6507,9 @@ def health_facts(app: App) -> JsonObject:
 
 # What is served where. Paths are below /v1 and /v1beta; models have OPERATIONS and GEMINI_VERBS.
 
-PAGES: dict[str, Handler] = {
-    "/health": get_health,
-    "/models": list_models,
+_PAGES: dict[str, Handler] = {
+    "/health": _get_health,
+    "/models": _list_models,
 }
 
 _GOOGLE_PATH = re.compile(r"/(?:models/)?([^/:].*):(\w+)")
@@ -6486,7 +6524,7 @@ class Asked(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def find_route(path: Path, method: str) -> Asked:
+def _what_is_asked(path: Path, method: str) -> Asked:
     """Raises NotFound or MethodNotAllowed."""
     below = path.below.rstrip("/")
     google = _GOOGLE_PATH.fullmatch(path.below)
@@ -6496,7 +6534,7 @@ def find_route(path: Path, method: str) -> Asked:
     if below in OPERATIONS:
         _check_method(method, "POST")
         return Asked(OPERATIONS[below])
-    page = PAGES.get("/models" if below.startswith("/models/") else below)
+    page = _PAGES.get("/models" if below.startswith("/models/") else below)
     if page is None or (google and method == "POST"):
         known = [*GENERATE_PATHS.values(), "/v1/models", "/health"]
         said = f"there is nothing at {printable(path.below)}; this server has {', '.join(known)}"
@@ -6516,20 +6554,20 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
     started_at = time.monotonic()
     request_id = _request_id(app, request)
     reply.extra["x-bitrouter-request-id"] = request_id
-    path = read_path(app, request)
+    path = _read_path(app, request)
     call: Call | None = None
     caller, error = "", None
     try:
-        reply.extra |= check_origin(app, request)
+        reply.extra |= _check_origin(app, request)
         if _is_preflight(request, reply):
             reply.send(204, b"", _PREFLIGHT)
             return
-        asked = find_route(path, request.head.method)
-        caller = authenticate(app, request) if asked.page is not get_health else ""
+        asked = _what_is_asked(path, request.head.method)
+        caller = authenticate(app, request) if asked.page is not _get_health else ""
         if asked.page:
             await asked.page(app, request, reply)
         elif asked.op:
-            call = read_call(request, asked.op, asked.model, request_id, started_at)
+            call = _read_call(request, asked.op, asked.model, request_id, started_at)
             route = app.router.resolve(call.model, call.op)
             await attempt_chain(app, call, reply, route.chain)
             error = call.broke
@@ -6537,14 +6575,14 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
         error = exc
         refuse(app, request, reply, exc, call)
     except asyncio.CancelledError:
-        error = BitrouterError("the caller hung up", code="caller_gone")
+        error = CallerGone("the caller hung up")
         raise
     finally:
         line = _line(request, reply, call, error)
         app.writer.event("request", {"id": request_id, "caller": caller or None, **line})
 
 
-SERVICE = Service(screen, handle, refuse_unread)
+SERVICE = Service(screen, handle, _refuse_unread)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -6569,7 +6607,7 @@ class Listener:
     async def open(self) -> None:
         """Listen. Raises ConfigError when the address cannot be had or would be unsafe."""
         app, loop = self.app, asyncio.get_running_loop()
-        check_safety(app)
+        _check_safety(app)
 
         def accept() -> CallerConnection:
             return CallerConnection(app, SERVICE, self._opened)
@@ -6627,15 +6665,14 @@ async def _listen_on_path(path: str, accept: Callable[[], CallerConnection]) -> 
         os.umask(before)
 
 
-def check_safety(app: App) -> None:
+def _check_safety(app: App) -> None:
     """Refuse to serve other machines without keys. Raises ConfigError."""
     server = app.config.server
-    local = server.listen.startswith("unix:") or is_loopback(server.listen.rpartition(":")[0])
     keys_hint = (
         'give callers keys ([keys.NAME] key = "..." in bitrouter.toml, or BITROUTER_KEYS=key,... '
         "in the environment)"
     )
-    if not local and not app.auth_required:
+    if not is_local(server.listen) and not app.auth_required:
         raise ConfigError(
             f"server.listen: {server.listen} can be reached by other machines, and auth is off: "
             f'{keys_hint} and set server.auth = "required"'
@@ -6647,7 +6684,7 @@ def check_safety(app: App) -> None:
 # Servers on this machine: looked for after we listen, and again from time to time.
 
 
-async def discover_for_ever(app: App) -> None:
+async def _discover_for_ever(app: App) -> None:
     while True:
         await discover(app)
         await asyncio.sleep(_DISCOVER_EVERY_S)
@@ -6700,7 +6737,7 @@ async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel,
             connection.start(request.encode(), sink)
             await sink.done
         head, body = answers[0]
-        found = listed(dig(json.loads(body), "data")) if head.status == 200 else []
+        found = as_list(dig(json.loads(body), "data")) if head.status == 200 else []
     except (UpstreamError, TimeoutError, ValueError, RecursionError):
         if connection:
             connection.abort()
@@ -6764,9 +6801,9 @@ async def serve(
     _on_signals(loop, stop)
     greet(app, listener)
     raise_descriptor_limit()
-    collect_less()
+    _collect_less()
     if find_local:
-        app.spawn(discover_for_ever(app))
+        app.spawn(_discover_for_ever(app))
     await stop.wait()
     app.writer.event("draining", {"connections": listener.connections})
     draining = app.spawn(listener.drain())
@@ -6780,7 +6817,7 @@ async def serve(
     app.writer.attach(None)
 
 
-def collect_less() -> None:
+def _collect_less() -> None:
     """What is loaded now stays: no garbage collection has to walk through it again."""
     import gc
 
@@ -6837,7 +6874,7 @@ def find_config(given: str, environ: Mapping[str, str]) -> str:
     return ""
 
 
-def load_config(given: str, environ: Mapping[str, str]) -> tuple[Loaded, str]:
+def _load_config(given: str, environ: Mapping[str, str]) -> tuple[Loaded, str]:
     """Read the configuration. Raises ConfigError only when the file cannot be read at all."""
     path = find_config(given, environ)
     if not path:
@@ -6849,9 +6886,9 @@ def load_config(given: str, environ: Mapping[str, str]) -> tuple[Loaded, str]:
         raise ConfigError(f"{path} cannot be read: {exc}") from None
 
 
-def usable_config(given: str, environ: Mapping[str, str]) -> Config:
+def _usable_config(given: str, environ: Mapping[str, str]) -> Config:
     """A configuration to serve with. Raises ConfigError with all that is wrong."""
-    loaded, _ = load_config(given, environ)
+    loaded, _ = _load_config(given, environ)
     wrong = [*loaded.problems, *loaded.unset]
     if wrong:
         raise ConfigError("the configuration has problems:\n  " + "\n  ".join(wrong))
@@ -6859,7 +6896,7 @@ def usable_config(given: str, environ: Mapping[str, str]) -> Config:
 
 
 def command_serve(args: argparse.Namespace) -> int:
-    config = usable_config(args.config, os.environ)
+    config = _usable_config(args.config, os.environ)
     listen = args.listen or (f"127.0.0.1:{args.port}" if args.port is not None else "")
     if listen:
         if wrong := listen_problem(listen):
@@ -6895,11 +6932,11 @@ def greet(app: App, listener: Listener) -> None:
     lines += [f"  {'echo':{width}}  built in"]
     if not active:
         lines += ["", "  No provider has a key yet: set OPENAI_API_KEY, ANTHROPIC_API_KEY, ..."]
-    lines += ["", "  Try it:", "", example_curl(app, listener.address), ""]
+    lines += ["", "  Try it:", "", _example_curl(app, listener.address), ""]
     say("\n".join(lines), to_stderr=True)
 
 
-def example_curl(app: App, address: str) -> str:
+def _example_curl(app: App, address: str) -> str:
     """A request to paste, to the first model that speaks Chat Completions."""
     chat = ApiProtocol.CHAT_COMPLETIONS
     able = [ident for ident, p in app.router.active.items() if chat in p.facts.bases]
@@ -6914,7 +6951,7 @@ def example_curl(app: App, address: str) -> str:
 
 
 def command_models(args: argparse.Namespace) -> int:
-    config = usable_config(args.config, os.environ)
+    config = _usable_config(args.config, os.environ)
     active, _ = active_providers(config, os.environ)
     listed = Router(config, active).listing()
     if args.all:
@@ -6948,7 +6985,7 @@ def _dollars(row: JsonObject) -> str:
 
 
 def command_providers(args: argparse.Namespace) -> int:
-    config = usable_config(args.config, os.environ)
+    config = _usable_config(args.config, os.environ)
     active, warnings = active_providers(config, os.environ)
     rows: list[JsonObject] = []
     for ident in (*active, *(ident for ident in PROVIDERS if ident not in active)):
@@ -6975,7 +7012,7 @@ def command_providers(args: argparse.Namespace) -> int:
 
 
 def command_route(args: argparse.Namespace) -> int:
-    config = usable_config(args.config, os.environ)
+    config = _usable_config(args.config, os.environ)
     active, _ = active_providers(config, os.environ)
     router = Router(config, active)
     route, op = _route_for(router, args.model, args.protocol)
@@ -7025,13 +7062,13 @@ def _step(target: Target, reason: str, op: Operation, explain: bool) -> JsonObje
 def _redacted(line: str, secret: Secret) -> str:
     """A header line to look at: of the file's own headers, too, the value may be a secret."""
     name, _, value = line.partition(": ")
-    if secret and secret.reveal() in value:
-        return f"{name}: {value.replace(secret.reveal(), '[redacted]')}"
+    if secret.redact(value) != value:
+        return f"{name}: {secret.redact(value)}"
     return line if name in ("host", "anthropic-version") else f"{name}: [redacted]"
 
 
 def command_validate(args: argparse.Namespace) -> int:
-    loaded, path = load_config(args.config, os.environ)
+    loaded, path = _load_config(args.config, os.environ)
     if not path:
         raise ConfigError("there is no configuration file to validate; -c FILE names one")
     facts = {
@@ -7096,7 +7133,7 @@ COMMANDS: tuple[Command, ...] = (
 # fmt: on
 
 
-def build_parser() -> argparse.ArgumentParser:
+def _build_parser() -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -7125,7 +7162,7 @@ def main(argv: list[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     if not given or (given[0].startswith("-") and given[0] not in ("-h", "--help", "--version")):
         given = ["serve", *given]
-    args = build_parser().parse_args(given)
+    args = _build_parser().parse_args(given)
     try:
         status = int(args.run(args))
         sys.stdout.flush()

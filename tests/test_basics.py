@@ -27,7 +27,7 @@ KEY = "sk-live-abcdefghijklmnop"
 def edited(raw: str, key: str, value: Any) -> str:
     document = Document(raw.encode())
     document.set(key, value)
-    return document.text().decode()
+    return document.encoded().decode()
 
 
 def raised(secret: Secret) -> str:
@@ -147,7 +147,7 @@ def test_edits_in_any_order_land_in_their_places() -> None:
     document = Document(b'{"a":1, "b":2, "c":3}')
     for key in ("c", "a", "b"):
         document.set(key, key * 3)
-    assert document.text() == b'{"a":"aaa", "b":"bbb", "c":"ccc"}'
+    assert document.encoded() == b'{"a":"aaa", "b":"bbb", "c":"ccc"}'
 
 
 @pytest.mark.parametrize("raw", [b"{}", b'{"z":0}'])
@@ -155,7 +155,7 @@ def test_two_values_can_be_added(raw: bytes) -> None:
     document = Document(raw)
     document.set("a", 1)
     document.set("b", 2)
-    assert json.loads(document.text()) == {**json.loads(raw), "a": 1, "b": 2}
+    assert json.loads(document.encoded()) == {**json.loads(raw), "a": 1, "b": 2}
 
 
 def test_an_edit_forgotten_is_an_edit_not_made() -> None:
@@ -163,7 +163,7 @@ def test_an_edit_forgotten_is_an_edit_not_made() -> None:
     document.set("model", "first")
     document.forget_edits()
     document.set("model", "second")
-    assert document.text() == b'{"model":"second"}'
+    assert document.encoded() == b'{"model":"second"}'
 
 
 INNER = {
@@ -181,7 +181,7 @@ INNER = {
 def test_a_value_one_level_down_can_be_set(raw: str, wanted: str) -> None:
     document = Document(raw.encode())
     document.set_in("o", "u", True)
-    assert document.text().decode() == wanted
+    assert document.encoded().decode() == wanted
 
 
 TWICE = [

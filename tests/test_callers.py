@@ -668,7 +668,7 @@ async def test_a_silent_stream_says_that_it_is_alive(
     script = stream(*events[:count], *[None] * 6, *events[count:], gap_s=0.01)
     async with (
         provider(script) as up,
-        gateway(environ=everyone_at(up.base), keepalive_s=0.01) as gw,
+        gateway(environ=everyone_at(up.base), heartbeat_s=0.01) as gw,
         gw.caller() as caller,
     ):
         answer = await caller.post(path, body)
@@ -686,7 +686,7 @@ async def test_a_sign_of_life_never_cuts_an_event_in_two(
     )
     async with (
         provider(script) as up,
-        gateway(environ=openai_env(up), keepalive_s=0.01) as gw,
+        gateway(environ=openai_env(up), heartbeat_s=0.01) as gw,
         gw.caller() as caller,
     ):
         answer = await caller.post(CHAT, ask(stream=True))
@@ -702,7 +702,7 @@ async def test_nothing_is_said_before_the_first_token(
     script = stream(*CHAT_STREAM, after_s=0.05)
     async with (
         provider(script) as up,
-        gateway(environ=openai_env(up), keepalive_s=0.01) as gw,
+        gateway(environ=openai_env(up), heartbeat_s=0.01) as gw,
         gw.caller() as caller,
     ):
         answer = await caller.post(CHAT, ask(stream=True))
@@ -714,7 +714,7 @@ async def test_a_whole_answer_is_waited_for_in_silence(
 ) -> None:
     async with (
         provider(Reply(body=CHAT_ANSWER, after_s=0.05)) as up,
-        gateway(environ=openai_env(up), keepalive_s=0.01) as gw,
+        gateway(environ=openai_env(up), heartbeat_s=0.01) as gw,
         gw.caller() as caller,
     ):
         assert (await caller.post(CHAT, ask())).json() == CHAT_ANSWER
@@ -726,7 +726,7 @@ async def test_a_stream_that_flows_needs_no_sign_of_life(
     spaced = [piece for event in CHAT_STREAM for piece in (event, None)]
     async with (
         provider(stream(*spaced, gap_s=0.02)) as up,
-        gateway(environ=openai_env(up), keepalive_s=5.0) as gw,
+        gateway(environ=openai_env(up), heartbeat_s=5.0) as gw,
         gw.caller() as caller,
     ):
         assert b": keepalive" not in (await caller.post(CHAT, ask(stream=True))).body

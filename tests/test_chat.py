@@ -268,7 +268,7 @@ def test_a_stream_fails_with_an_error_object_and_no_end_mark() -> None:
 
 
 def test_a_keepalive_is_a_comment() -> None:
-    assert CHAT.comments and CHAT.keepalive.startswith(b":") and CHAT.keepalive.endswith(b"\n\n")
+    assert CHAT.comments and CHAT.heartbeat.startswith(b":") and CHAT.heartbeat.endswith(b"\n\n")
 
 
 @pytest.mark.parametrize("body", [{}, {"choices": []}, {"choices": None}, {"object": "list"}])

@@ -243,7 +243,7 @@ def test_a_stream_fails_with_the_error_as_its_first_key_and_a_whole_code() -> No
 
 
 def test_a_keepalive_is_a_bare_line_end() -> None:
-    assert not GEMINI.comments and GEMINI.keepalive == b"\r\n"
+    assert not GEMINI.comments and GEMINI.heartbeat == b"\r\n"
 
 
 @pytest.mark.parametrize("body", [{}, {"candidates": []}, {"usageMetadata": tokens(9)}])

@@ -209,7 +209,7 @@ def test_an_overloaded_503_is_anthropic_s_529_and_any_other_is_not() -> None:
 STRICT = {
     "one": b'event: a\ndata: {"a":1}\n\n',
     "two": b'event: a\ndata: {"a":1}\n\nevent: b\ndata: {"b":1}\n\n',
-    "a ping": MESSAGES.keepalive,
+    "a ping": MESSAGES.heartbeat,
     "the end mark": MESSAGES.end_mark,
 }
 NOT_STRICT = {
@@ -274,7 +274,7 @@ def test_a_stream_fails_with_an_error_event() -> None:
 
 
 def test_a_keepalive_is_a_ping() -> None:
-    event = parse_event(MESSAGES.keepalive)
+    event = parse_event(MESSAGES.heartbeat)
     assert event is not None and event.event == "ping"
     assert json.loads(event.data) == {"type": "ping"}
 

@@ -264,7 +264,7 @@ def test_the_failure_is_named_and_in_strict_form() -> None:
 
 
 def test_a_keepalive_is_a_comment_and_there_is_no_end_mark() -> None:
-    assert RESPONSES.comments and RESPONSES.keepalive == b": keepalive\n\n"
+    assert RESPONSES.comments and RESPONSES.heartbeat == b": keepalive\n\n"
     assert RESPONSES.end_mark == b""
 
 
