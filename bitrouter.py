@@ -57,6 +57,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import os
@@ -363,7 +364,10 @@ class Document:
         """Replace a top-level value, or add it in front when there is none."""
         new = compact(value).decode()
         if key in self.value:
-            self._edits.append((*self._span(key), new))
+            try:
+                self._edits.append((*self._span(key), new))
+            except RecursionError:
+                raise BadRequest("the body's JSON is nested too deeply") from None
         else:
             self._added.append(f"{json.dumps(key)}:{new}")
 
@@ -794,7 +798,9 @@ class BodyDecoder:
             self._trailer = 0
 
 
-_GZIP_MAGIC = b"\x1f\x8b"
+_GZIP = 16 + zlib.MAX_WBITS
+_SLICE_BYTES = 64 * 1024
+_MAX_MEMBERS = 1000  # of one gzip body; each costs a copy of a slice
 
 
 class Inflater:
@@ -806,7 +812,8 @@ class Inflater:
         coding = {"x-gzip": "gzip"}.get(coding.strip().lower(), coding.strip().lower())
         if coding not in ("gzip", "deflate"):
             raise fail(f"content-encoding {printable(coding, 40)!r} is not known: use gzip")
-        self._zip = zlib.decompressobj(47) if coding == "gzip" else None
+        self._is_gzip, self._members = coding == "gzip", 1
+        self._zip = zlib.decompressobj(_GZIP) if self._is_gzip else None
         self._start = b""
 
     def feed(self, data: bytes) -> bytes:
@@ -816,17 +823,27 @@ class Inflater:
                 return b""
             data = self._start
             self._zip = zlib.decompressobj(_deflate_window(data))
+        # In slices: zlib copies what is left at the end of each member of a gzip file.
+        slices = (data[at : at + _SLICE_BYTES] for at in range(0, len(data), _SLICE_BYTES))
         try:
-            out = self._zip.decompress(data, self._limit + 1)
-            while self._zip.eof and self._zip.unused_data.startswith(_GZIP_MAGIC):
-                data, self._zip = self._zip.unused_data, zlib.decompressobj(47)  # a further member
-                out += self._zip.decompress(data, self._limit + 1)
+            return b"".join([self._unpack(piece) for piece in slices])
         except zlib.error as exc:
             raise self._fail(f"the compressed body is broken: {exc}") from None
-        self._limit -= len(out)
-        if self._limit < 0:
-            raise self._fail("the compressed body is larger than allowed when unpacked")
-        return out
+
+    def _unpack(self, data: bytes) -> bytes:
+        out = []
+        while data and self._zip:
+            if self._zip.eof:
+                self._members += 1
+                if not self._is_gzip or self._members > _MAX_MEMBERS:
+                    raise self._fail("the compressed body goes on after its end")
+                self._zip = zlib.decompressobj(_GZIP)
+            out.append(self._zip.decompress(data, self._limit + 1))
+            data = self._zip.unused_data if self._zip.eof else b""
+            self._limit -= len(out[-1])
+            if self._limit < 0:
+                raise self._fail("the compressed body is larger than allowed when unpacked")
+        return b"".join(out)
 
     def finish(self) -> None:
         if self._zip is None or not self._zip.eof:
@@ -3253,9 +3270,18 @@ def _check_provider(ident: str, provider: ProviderConfig, reader: _Reader) -> No
         if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or not is_header_text(value):
             where = (*at, "extra_headers", name)
             reader.problem(where, f"{_dotted(where)}: not fit for an HTTP header")
+        elif name.lower() in _OUR_HEADERS:
+            where = (*at, "extra_headers", name)
+            reader.problem(where, f"{_dotted(where)}: this header is not yours to set")
     keys = [provider.api_key, *(account.api_key for account in provider.accounts)]
     if not all(is_header_text(key.reveal()) for key in keys if key):
         reader.problem(at, f"providers.{ident}: a key holds a character that no header may hold")
+
+
+_OUR_HEADERS = {
+    "host", "content-length", "transfer-encoding", "connection", "content-type", "te", "upgrade",
+    "expect", "trailer", "accept-encoding", "content-encoding",
+}  # fmt: skip
 
 
 def _check_server(server: Server, reader: _Reader) -> None:
@@ -3341,6 +3367,7 @@ class ActiveProvider(NamedTuple):
     Attributes:
         enabled_by: the variable that holds its key, or what else turned it on.
         rules: protocols by model, where the file says so; empty means what `bases` has.
+        found: nobody named it; it listens where such servers do.
     """
 
     facts: Provider
@@ -3350,6 +3377,7 @@ class ActiveProvider(NamedTuple):
     models: tuple[DeclaredModel, ...] = ()
     rules: ProtocolRules = _SPEAKS_AS_KNOWN
     timeouts: Timeouts = Timeouts()
+    found: bool = False
 
 
 def active_providers(
@@ -3659,8 +3687,13 @@ class Router:
                 yield found
 
     def _by_name(self, model: str) -> Iterator[_Candidate]:
-        declared = list(self._declared(model))
+        declared = list(self._declared(model, found=False))
         yield from declared
+        yield from self._known(model, declared)
+        # Who only happens to listen on this machine never goes before who was meant.
+        yield from self._declared(model, found=True)
+
+    def _known(self, model: str, declared: list[_Candidate]) -> Iterator[_Candidate]:
         model = model.removeprefix("models/")
         place, separator, rest = _split_place(model)
         ident = provider_id(place)
@@ -3677,16 +3710,16 @@ class Router:
             yield from self._of_lab(own, as_written) if own else self._carriers(facts, "")
         elif separator == "/":
             yield from (_Candidate(other, model, _TAKES_ANY) for other in _OPEN_GATEWAYS)
-        elif not declared:
+        elif not declared and not list(self._declared(model, found=True)):
             bare = model.lower().removeprefix("ft:")  # OpenAI's fine-tuned models
             family = next((p for p, starts in FAMILIES if bare.startswith(starts)), "")
             if family:
                 yield from self._of_lab(family, model)
 
-    def _declared(self, model: str) -> Iterator[_Candidate]:
+    def _declared(self, model: str, *, found: bool) -> Iterator[_Candidate]:
         """Providers whose own list of models, in the file or found, has this very id."""
         for ident, provider in self.active.items():
-            for declared in provider.models:
+            for declared in provider.models if provider.found == found else ():
                 if declared.id == model:
                     own = declared.provider_model_id or declared.id
                     yield _Candidate(ident, own, "declares the model")
@@ -3946,17 +3979,19 @@ class Health:
             return max(0.0, record.probing_until - now)
         return record.open_until - now
 
-    def begin(self, target: Target, now: float, limit_s: float) -> None:
-        """An attempt starts. If the target is half open, this attempt is the probe."""
+    def begin(self, target: Target, now: float, limit_s: float) -> bool:
+        """An attempt starts. Returns whether it is the probe of a target that is half open."""
         record = self._records.get(target.key)
         if record and record.open_until and now >= max(record.open_until, record.probing_until):
             record.probing_until = now + limit_s
+            return True
+        return False
 
     def succeeded(self, target: Target) -> None:
         self._records.pop(target.key, None)
 
     def abandoned(self, target: Target) -> None:
-        """The caller went away: that says nothing about the target."""
+        """The probe came to nothing that says anything about the target."""
         record = self._records.get(target.key)
         if record:
             record.probing_until = 0.0
@@ -3981,7 +4016,7 @@ class Health:
         """Seconds left for every target that cools down, for status pages."""
         return {
             "/".join(filter(None, key)): round(record.open_until - now, 1)
-            for key, record in self._records.items()
+            for key, record in list(self._records.items())  # the health thread asks, too
             if record.open_until > now
         }
 
@@ -4015,6 +4050,8 @@ class Health:
 
 _CALL = re.compile(r"\bcall\s+([\w.-]{1,128})\s*")
 _MAX_SCHEMA_NODES = 1000
+_MAX_CALLS_TRIED = 8
+_MAX_ECHOED_CHARS = 100_000  # word by word; what is beyond that comes in one piece
 
 
 def echo_parts(prompt: Prompt) -> list[StreamPart]:
@@ -4027,17 +4064,20 @@ def echo_parts(prompt: Prompt) -> list[StreamPart]:
 
 
 def _echo_answer(prompt: Prompt) -> list[StreamPart]:
-    for wanted in _CALL.finditer(prompt.text):
+    calls = itertools.islice(_CALL.finditer(prompt.text), _MAX_CALLS_TRIED)
+    for wanted in calls:
         if wanted[1] in prompt.tools:
-            with suppress(ValueError):
-                rest = prompt.text[wanted.end() :] or "{}"
+            with suppress(ValueError, RecursionError):
+                rest = prompt.text[wanted.end() : wanted.end() + _MAX_ECHOED_CHARS] or "{}"
                 value, _ = _ECHO_DECODER.raw_decode(rest if rest.startswith("{") else "{}")
                 return [ToolCall("call_echo_1", wanted[1], json.dumps(value))]
     if prompt.schema is not None:
         return [TextDelta(json.dumps(smallest(prompt.schema)))]
-    said = prompt.text.rstrip() or "(nothing was said)"
+    text = prompt.text[:_MAX_ECHOED_CHARS]
+    said = text.rstrip() or "(nothing was said)"
     *words, last = re.findall(r"\s*\S+", said)
-    return [TextDelta(word) for word in (*words, last + prompt.text[len(said) :])]
+    rest = text[len(said) :] + prompt.text[_MAX_ECHOED_CHARS:]
+    return [TextDelta(word) for word in (*words, last + rest)]
 
 
 _ECHO_DECODER = json.JSONDecoder()
@@ -4212,6 +4252,7 @@ def _logfmt(value: Any) -> str:
 _READ_BYTES = 64 * 1024  # of one recv: asyncio's 256 KB page-faults on every call
 _MAX_IDLE_PER_ORIGIN = 512
 _MAX_DIALS_PER_ORIGIN = 64
+_STALE_S = 1.0  # a pooled connection that dies later than this has had the request
 _EYEBALLS_S = 0.25  # RFC 8305 recommends 250 ms between address families
 NEVER = float("inf")
 
@@ -4258,9 +4299,13 @@ class Sweeper:
         now = loop.time()
         self.lag_s = max(0.0, now - self.now - self.tick_s)
         self.now = now
-        for thing in [thing for thing in self._watched if thing.deadline <= now]:
-            thing.expire(now)
         self._timer = loop.call_later(self.tick_s, self._sweep, loop)
+        for thing in [thing for thing in self._watched if thing.deadline <= now]:
+            try:
+                thing.expire(now)
+            except Exception:  # one bug must not take everybody else's deadlines along
+                log.exception("deadline_failed")
+                self.forget(thing)
 
 
 class Origin(NamedTuple):
@@ -4313,6 +4358,7 @@ class Connection(asyncio.Protocol):
         self._decoder: BodyDecoder | None = None
         self._inflater: Inflater | None = None
         self._heard = False  # a byte of the current answer has come
+        self._sent_at = 0.0
         self._keep = True
         self._paused = False
 
@@ -4349,20 +4395,27 @@ class Connection(asyncio.Protocol):
         if self._sink is None:
             return
         decoder = self._decoder
-        if decoder and decoder.framing == UNTIL_CLOSE and exc is None:
+        ended = exc is None and (self._tls is None or self._tls.said_goodbye)
+        if decoder and decoder.framing == UNTIL_CLOSE and ended:
             self._finish()
-        elif self.reused and not self._heard:
+        elif self.reused and not self._heard and self.loop.time() - self._sent_at < _STALE_S:
             self._fail(StaleConnection(f"{self.who} had closed the connection"))
         else:
             stage = "the middle of its answer" if self._heard else "answering"
             where = "in" if self._heard else "before"
             said = f"{self.who} closed the connection {where} {stage}"
-            self._fail(UpstreamUnreachable(said, code="upstream_disconnected", detail=repr(exc)))
+            code = "upstream_disconnected" if self._heard else ""
+            self._fail(UpstreamUnreachable(said, code=code, detail=repr(exc)))
 
     # The pool and the attempts call these.
 
     def start(self, request: bytes, sink: Sink) -> None:
         """Send a request; its answer goes to the sink."""
+        if not self.usable:  # it was closed between the handshake and now
+            said = f"{self.who} closed the connection before answering"
+            sink.on_fail(UpstreamUnreachable(said))
+            return
+        self._sent_at = self.loop.time()
         self._sink, self._head, self._decoder, self._inflater = sink, None, None, None
         self._heard = False
         self._write(request)
@@ -4394,6 +4447,11 @@ class Connection(asyncio.Protocol):
             self.deadline = min(self.deadline, self._sweeper.now + 1.0)
             self.idle_s = NEVER
             self.resume()
+
+    def give_up(self, sink: Sink) -> None:
+        """Drop the connection, unless it has finished with this sink and serves another."""
+        if self._sink is sink:
+            self.abort()
 
     def abort(self) -> None:
         """Drop the connection now, without awaiting: safe in the middle of a cancellation."""
@@ -4444,8 +4502,9 @@ class Connection(asyncio.Protocol):
         head = parse_response_head(data[:end])
         if head.status < 200:  # 100 Continue, 103 Early Hints
             return self._take_head(data[end:])
-        self._head = head
         self._keep = head.keep_alive
+        if self.limit > self.deadline:  # an answer: now every further piece has a deadline, too
+            self.waiting = f"sent nothing more for {self.idle_s:g} s"
         try:
             self._decoder = BodyDecoder(response_framing(head))
         except BadRequest as exc:
@@ -4487,7 +4546,9 @@ class Connection(asyncio.Protocol):
                 return
         self.resume()
         self.deadline = NEVER
-        if self._keep and decoder and decoder.framing != UNTIL_CLOSE and not decoder.rest:
+        unsent = self._transport.get_write_buffer_size() if self._transport else 0
+        whole = decoder and decoder.framing != UNTIL_CLOSE and not decoder.rest
+        if self._keep and whole and not unsent:
             self._pool.give_back(self)
         else:
             self.abort()
@@ -4522,21 +4583,30 @@ class Connection(asyncio.Protocol):
         elif len(self._inbox) > MAX_HEAD_BYTES:
             raise UpstreamGarbled("the proxy's answer to CONNECT has no end")
 
-    def _close(self) -> None:
-        if self._transport:
-            self._transport.close()
-
     # TLS, between the socket and all of the above.
 
     def _write(self, data: bytes) -> None:
         if self._transport is None:
             return
         if self._tls:
+            import ssl
+
             left = memoryview(data)
-            while left:  # one record of 16 KB at a time is all that a call takes
-                left = left[self._tls.object.write(left) :]
+            try:
+                while left:  # one record of 16 KB at a time is all that a call takes
+                    left = left[self._tls.object.write(left) :]
+            except ssl.SSLError as exc:
+                said = f"TLS with {self.origin.host} broke: {exc.reason}"
+                self._fail(UpstreamUnreachable(said, code="upstream_disconnected"))
+                return
             data = self._tls.outgoing.read()
         self._transport.write(data)
+
+    def _say_goodbye(self, tls: _Tls) -> None:
+        """That was their last word, and no truncation: what may come after it is not read."""
+        tls.said_goodbye = True
+        if self._transport:
+            self._transport.close()
 
     def _handshake(self, tls: _Tls) -> None:
         import ssl
@@ -4568,11 +4638,11 @@ class Connection(asyncio.Protocol):
         try:
             while piece := tls.object.read(_READ_BYTES):
                 pieces.append(piece)
-            self._close()  # their last word: what may come after it is not read
+            self._say_goodbye(tls)
         except ssl.SSLWantReadError:
             pass
         except ssl.SSLZeroReturnError:
-            self._close()
+            self._say_goodbye(tls)
         except ssl.SSLError as exc:
             raise UpstreamUnreachable(f"TLS with {self.origin.host} broke: {exc.reason}") from None
         if self._transport and tls.outgoing.pending:
@@ -4583,14 +4653,14 @@ class Connection(asyncio.Protocol):
 class _Tls:
     """A TLS session over memory: asyncio's own would allocate 256 KB for each."""
 
-    __slots__ = ("done", "incoming", "object", "outgoing")
+    __slots__ = ("done", "incoming", "object", "outgoing", "said_goodbye")
 
     def __init__(self, context: ssl.SSLContext, host: str) -> None:
         import ssl
 
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.object = context.wrap_bio(self.incoming, self.outgoing, server_hostname=host)
-        self.done = False
+        self.done = self.said_goodbye = False
 
 
 class _Nowhere:
@@ -4651,7 +4721,7 @@ class Pool:
                 raise UpstreamUnreachable(f"{who} could not be reached") from None
             said = f"{who} could not be reached within {connect_s:g} s"
             raise UpstreamTimeout(said, code="upstream_connect_timeout") from None
-        except OSError as exc:
+        except (OSError, ValueError) as exc:  # ValueError: a name that no resolver takes
             said = f"{who} could not be reached: {_reason(exc)}"
             where = f"{origin.host}:{origin.port} {exc!r}"
             raise UpstreamUnreachable(said, detail=where) from None
@@ -4741,9 +4811,9 @@ def _drop(dialled: asyncio.Task[Connection]) -> None:
         dialled.result().abort()
 
 
-def _reason(exc: OSError) -> str:
+def _reason(exc: OSError | ValueError) -> str:
     """`Connection refused`, without the numbers and addresses that the loop puts around it."""
-    if isinstance(exc, socket.gaierror):
+    if isinstance(exc, socket.gaierror | ValueError):
         return "its host name is not known"
     return os.strerror(exc.errno) if exc.errno else "no address answered"
 
@@ -4886,7 +4956,7 @@ class App:
         self.writer = writer
         self.heartbeat_s = heartbeat_s
         active, self.warnings = active_providers(config, environ)
-        writer.hide(account.api_key for p in active.values() for account in p.accounts)
+        writer.hide(_secrets(config, active))
         self.router = Router(config, active)
         self.health = Health(config.upstream.breaker)
         self.sweeper = Sweeper(tick_s)
@@ -4949,7 +5019,6 @@ class Errand:
         self._cancelled = True
         waiting_for, self._waiting_for = self._waiting_for, None
         if waiting_for is not None:
-            waiting_for.remove_done_callback(self._go_on)
             waiting_for.cancel()
             self._go_on()
 
@@ -4960,7 +5029,9 @@ class Errand:
         if not self.done:
             await self._finished
 
-    def _go_on(self, _: object = None) -> None:
+    def _go_on(self, woken_by: asyncio.Future[Any] | None = None) -> None:
+        if self.done or woken_by is not self._waiting_for:
+            return  # a wake-up that was on its way when the errand was cancelled
         self._waiting_for = None
         try:
             if self._cancelled:
@@ -4984,6 +5055,14 @@ class Errand:
         self._waiting_for = step
         if self._cancelled:  # while it ran
             self.cancel()
+
+
+def _secrets(config: Config, active: Mapping[str, ActiveProvider]) -> Iterator[Secret]:
+    """All that must not be seen in a log."""
+    yield from (key.key for key in config.keys.values())
+    for provider in active.values():
+        yield from (account.api_key for account in provider.accounts)
+        yield from (Secret(value) for value in provider.facts.headers.values())
 
 
 def caller_keys(config: Config, environ: Mapping[str, str]) -> dict[bytes, str]:
@@ -5116,8 +5195,8 @@ class Reply:
         if self._connection.app.draining:
             self.keep_alive = False
         more = {**headers, **self.extra}
-        if not self.keep_alive:
-            more["connection"] = "close"
+        if not self.keep_alive or self._minor == 0:
+            more["connection"] = "keep-alive" if self.keep_alive else "close"
         return render_head(f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}", more)
 
 
@@ -5138,6 +5217,33 @@ class Service(NamedTuple):
     refuse: Callable[[App, HttpRequest | None, Reply, BitrouterError], None]
 
 
+class OpenConnections:
+    """The connections of a listener, and a way to wait until there are none."""
+
+    def __init__(self) -> None:
+        self._open: set[CallerConnection] = set()
+        self._none = asyncio.Event()
+
+    def add(self, connection: CallerConnection) -> None:
+        self._open.add(connection)
+        self._none.clear()
+
+    def discard(self, connection: CallerConnection) -> None:
+        self._open.discard(connection)
+        if not self._open:
+            self._none.set()
+
+    def __iter__(self) -> Iterator[CallerConnection]:
+        return iter(tuple(self._open))
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    async def gone(self) -> None:
+        if self._open:
+            await self._none.wait()
+
+
 class CallerConnection(asyncio.Protocol):
     """One caller's connection, for as many requests as it likes, one at a time.
 
@@ -5146,7 +5252,7 @@ class CallerConnection(asyncio.Protocol):
         slow: the caller has not read what it was sent.
     """
 
-    def __init__(self, app: App, service: Service, opened: set[CallerConnection]) -> None:
+    def __init__(self, app: App, service: Service, opened: OpenConnections) -> None:
         self.app = app
         self.slow = False
         self.deadline = NEVER
@@ -5158,12 +5264,14 @@ class CallerConnection(asyncio.Protocol):
         self._head: RequestHead | None = None
         self._decoder: BodyDecoder | None = None
         self._body: list[bytes] = []
+        self._joined: list[bytes] = []
         self._body_bytes = 0
         self._advancing = False
         self._deaf = False
         self.errand: Errand | None = None
         self._reply: Reply | None = None
         self._silent_since = 0.0
+        self._unsent = 0  # bytes that a slow caller had not read when last looked at
         self._reading = True
         self._waiter: asyncio.Future[None] | None = None
 
@@ -5180,7 +5288,7 @@ class CallerConnection(asyncio.Protocol):
         if self._deaf:
             return
         self._inbox = self._inbox + data if self._inbox else data
-        if self.errand is None:
+        if self.errand is None and not self.slow:
             self._advance()
         elif len(self._inbox) > _MAX_AHEAD_BYTES and self._reading and self._transport:
             self._reading = False
@@ -5199,7 +5307,8 @@ class CallerConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.slow = True
-        self.deadline = time.monotonic() + _STALL_S
+        self._unsent = self._transport.get_write_buffer_size() if self._transport else 0
+        self.deadline = self.app.sweeper.now + _STALL_S
         if self._reply and self._reply.on_flow:
             self._reply.on_flow(True)
 
@@ -5207,10 +5316,11 @@ class CallerConnection(asyncio.Protocol):
         self.slow = False
         if self._waiter and not self._waiter.done():
             self._waiter.set_result(None)
-        if self.errand:
-            self.deadline = self.app.sweeper.now + self.app.heartbeat_s
+        self.deadline = self.app.sweeper.now + self.app.heartbeat_s
         if self._reply and self._reply.on_flow:
             self._reply.on_flow(False)
+        if self.errand is None:
+            self._go_on()
 
     # Handlers call these, by way of Reply.
 
@@ -5231,11 +5341,15 @@ class CallerConnection(asyncio.Protocol):
     # The server calls these.
 
     def close_if_idle(self) -> None:
-        if self.errand is None and self._transport:
-            self._transport.close()
+        if self.errand is None:
+            self._close()
 
     def expire(self, now: float) -> None:
-        if self.slow or self._deaf:
+        unsent = self._transport.get_write_buffer_size() if self._transport else 0
+        if self.slow and unsent < self._unsent:  # it reads, if slowly
+            self._unsent = unsent
+            self.deadline = now + _STALL_S
+        elif self.slow or self._deaf:
             self.abort()
         elif self.errand:
             self._beat(now)
@@ -5243,8 +5357,8 @@ class CallerConnection(asyncio.Protocol):
             self.app.writer.event("request_timed_out", {"received": len(self._inbox)})
             what = "body" if self._head else "head"
             self._reject(RequestTimeout(f"the request's {what} did not arrive in time"))
-        elif self._transport:
-            self._transport.close()
+        else:
+            self._close()
 
     def _beat(self, now: float) -> None:
         silent_s = now - self._silent_since
@@ -5262,26 +5376,30 @@ class CallerConnection(asyncio.Protocol):
             return
         self._advancing = True
         try:
-            while self.errand is None and self._transport and self._one_request():
+            while self._ready() and self._one_request():
                 pass
         except BitrouterError as error:
             self._reject(error)
         finally:
             self._advancing = False
 
+    def _ready(self) -> bool:
+        return self.errand is None and not self.slow and not self._deaf
+
     def _one_request(self) -> bool:
         head = self._head or self._take_head()
         if head is None or not self._take_body():
             return False
-        body = self._unpacked(head, b"".join(self._body))
-        self._head, self._decoder, self._body, self._body_bytes = None, None, [], 0
+        body = self._unpacked(head, b"".join([*self._joined, *self._body]))
+        self._head, self._decoder, self._body_bytes = None, None, 0
+        self._joined, self._body = [], []
         self._serve(head, body)
         return True
 
     def _take_head(self) -> RequestHead | None:
         inbox = self._inbox
-        while inbox.startswith(b"\r\n"):  # RFC 9112, 2.2: from clients that end bodies with one
-            inbox = self._inbox = inbox[2:]
+        if inbox.startswith(b"\r\n"):  # RFC 9112, 2.2: from clients that end bodies with one
+            inbox = self._inbox = inbox.lstrip(b"\r\n")
         if not inbox:
             self.deadline = self.app.sweeper.now + _KEEP_ALIVE_S
             return None
@@ -5300,14 +5418,14 @@ class CallerConnection(asyncio.Protocol):
         if framing > limit:
             raise TooLarge(f"the body has {framing} bytes, at most {limit} are accepted")
         self._decoder = BodyDecoder(framing)
-        if framing and len(self._inbox) < framing:
+        if framing == CHUNKED or len(self._inbox) < framing:
             self._before_body(head)
         return head
 
     def _before_body(self, head: RequestHead) -> None:
         """A body is still to come: refuse it now, if it will be refused, or ask for it."""
         self._screen(self.app, self._request(head, b""))
-        expect = head.headers.get("expect")
+        expect = head.headers.get("expect") if head.minor else None
         if expect and expect.lower() != "100-continue":
             raise BadRequest(f"expect: {printable(expect, 40)!r} is not known")
         if expect and not self._inbox and self._transport:
@@ -5326,7 +5444,8 @@ class CallerConnection(asyncio.Protocol):
         self._body.append(piece)
         self._body_bytes += len(piece)
         if len(self._body) > _MAX_PIECES:  # sent in drops
-            self._body = [b"".join(self._body)]
+            self._joined.append(b"".join(self._body))
+            self._body.clear()
         if self._body_bytes > self._max_body():
             raise TooLarge(f"the body exceeds {self._max_body()} bytes")
         self._inbox = decoder.rest
@@ -5338,6 +5457,7 @@ class CallerConnection(asyncio.Protocol):
         coding = head.headers.get("content-encoding", "identity").lower()
         if coding in ("identity", "") or not body:
             return body
+        self._screen(self.app, self._request(head, b""))
         inflater = Inflater(coding, self._max_body(), _body_error)
         body = inflater.feed(body)
         inflater.finish()
@@ -5368,19 +5488,30 @@ class CallerConnection(asyncio.Protocol):
         self._next(reply)
 
     def _next(self, reply: Reply) -> None:
-        transport = self._transport
-        if transport is None:
+        if self._transport is None:
             return
         if not reply.keep_alive or self.app.draining:
-            transport.close()
+            self._close()
+        elif not self.slow:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """On to the next request, if there is one."""
+        if self._transport is None or self._deaf:
             return
         if not self._reading:
             self._reading = True
-            transport.resume_reading()
-        if not self.slow:
-            self.deadline = self.app.sweeper.now + _KEEP_ALIVE_S
+            self._transport.resume_reading()
+        self.deadline = self.app.sweeper.now + _KEEP_ALIVE_S
         if self._inbox:
             self._advance()  # unless it is _advance that brought us here
+
+    def _close(self) -> None:
+        """No more requests; what is written still leaves, if the caller reads it."""
+        self._deaf, self._inbox = True, b""
+        self.deadline = self.app.sweeper.now + _STALL_S
+        if self._transport:
+            self._transport.close()
 
     def _reject(self, error: BitrouterError) -> None:
         """Answer a request that is not one, and close: what follows cannot be understood."""
@@ -5425,7 +5556,7 @@ _FORWARDED_PREFIXES = (
     "anthropic-", "openai-", "x-stainless-", "x-goog-", "x-codex-", "x-session-",
     "x-client-request-", "x-openai-", "x-anthropic-", "x-claude-", "x-gemini-", "x-ds-",
 )  # fmt: skip
-_CREDENTIALS = {"x-goog-api-key", "x-goog-iam-authorization-token", "openai-api-key"}
+_CREDENTIAL = re.compile(r"api-?key|key$|token$|secret$|authorization")  # among those by prefix
 
 # Headers of the provider that travel back.
 _RETURNED = {"content-type", "request-id", "x-request-id", "content-disposition", "server-timing"}
@@ -5450,7 +5581,8 @@ class Call:
     Attributes:
         document: the body, if it is JSON; `body` otherwise.
         form_type: the content type of a body that is not JSON.
-        hide_usage: we ask for a usage chunk that the caller did not ask for.
+        hide_usage: the caller does not want the usage chunk that we do.
+        asked_for_usage: and in this attempt we asked for it.
         as_array: the caller reads Google's JSON array instead of events.
         failed: attempts that came to nothing.
         target: who is being asked, or who answered.
@@ -5469,6 +5601,7 @@ class Call:
     stream: bool = False
     as_array: bool = False
     hide_usage: bool = False
+    asked_for_usage: bool = False
     failed: list[_Attempt] = field(default_factory=list)
     target: Target | None = None
     attempts: int = 0
@@ -5516,34 +5649,39 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
     if target.provider == "echo":
         await _echo(app, call, reply)
         return None
-    if call.op.generates:
-        app.health.begin(target, time.monotonic(), target.timeouts.total_s)
+    probes = call.op.generates and app.health.begin(
+        target, time.monotonic(), target.timeouts.total_s
+    )
     try:
         await _exchange(app, call, reply, target)
     except UpstreamError as error:
-        if call.op.generates and error.retryable and not isinstance(error, UpstreamUnfit):
+        if call.op.generates and _is_the_targets_fault(error):
             app.health.failed(target, error, time.monotonic())
-        else:
+        elif probes:
             app.health.abandoned(target)
         if _refuses_usage_option(app, call, target, error):
             return await _attempt(app, call, reply, target)
         return error
     except BaseException:
-        app.health.abandoned(target)
+        if probes:
+            app.health.abandoned(target)
         raise
     if call.op.generates:
         if call.broke is None:
             app.health.succeeded(target)
-        elif isinstance(call.broke, UpstreamError):
+        elif isinstance(call.broke, UpstreamError) and _is_the_targets_fault(call.broke):
             app.health.failed(target, call.broke, time.monotonic())
     return None
 
 
+def _is_the_targets_fault(error: UpstreamError) -> bool:
+    return error.retryable and not isinstance(error, UpstreamUnfit)
+
+
 def _refuses_usage_option(app: App, call: Call, target: Target, error: UpstreamError) -> bool:
     """Whether a refusal is about the one thing that we added; it is not added again then."""
-    if not call.hide_usage or not isinstance(error, UpstreamRejected):
-        return False
-    if "stream_options" not in error.message or target.provider in app.no_usage_option:
+    ours = call.asked_for_usage and isinstance(error, UpstreamRejected)
+    if not ours or "stream_options" not in error.message:
         return False
     app.no_usage_option.add(target.provider)
     return True
@@ -5572,8 +5710,8 @@ def _pause_s(app: App, error: UpstreamError, retries: int) -> float | None:
     if retries >= rules.max:
         return None
     jitter_s = app.random.uniform(0, min(rules.max_ms, rules.base_ms * 2**retries)) / 1000
-    if isinstance(error, UpstreamUnreachable):
-        return jitter_s
+    if isinstance(error, UpstreamUnreachable) and error.code == UpstreamUnreachable.code:
+        return jitter_s  # not a byte came back: as good as never sent
     if error.status in (429, 503) and error.retry_after_s is not None and error.retryable:
         short = error.retry_after_s * 1000 <= rules.max_ms
         return error.retry_after_s + min(jitter_s, 0.1 * error.retry_after_s) if short else None
@@ -5630,15 +5768,17 @@ async def _send(
 ) -> None:
     """Send a request, and wait until its sink has had all of the answer."""
     connection = await app.pool.lend(target.name, origin, target.timeouts.connect_s, fresh=fresh)
-    sink = _sink_for(app, call, reply, target, connection)
+    sink = _sink_for(call, reply, target, connection)
     _set_deadlines(connection, call, target.timeouts)
-    connection.start(request, sink)
     try:
+        connection.start(request, sink)
         await sink.done
     except UpstreamError:
         raise  # the connection has taken care of itself
     except BaseException:
-        connection.abort()
+        connection.give_up(sink)
+        if isinstance(sink, _StreamSink):
+            sink.book()  # what was used up to here has its price
         raise
 
 
@@ -5654,12 +5794,12 @@ def _set_deadlines(connection: Connection, call: Call, timeouts: Timeouts) -> No
 
 
 def _sink_for(
-    app: App, call: Call, reply: Reply, target: Target, connection: Connection
+    call: Call, reply: Reply, target: Target, connection: Connection
 ) -> Collector | _StreamSink | _RawSink:
     if call.op.raw:
         return _RawSink(call, reply, target, connection)
     if call.stream:
-        return _StreamSink(app, call, reply, target, connection)
+        return _StreamSink(call, reply, target, connection)
     done = connection.loop.create_future()
     return Collector(done, functools.partial(_answer, call, reply, target))
 
@@ -5673,8 +5813,8 @@ def _build_request(app: App, call: Call, target: Target, path: str) -> bytes:
     query = f"?{call.query}" if call.query else ""
     lines = [f"POST {path}{suffix}{query} HTTP/1.1\r\n", target.head.reveal()]
     for name, value in call.headers.items():
-        travels = name in _FORWARDED or name.startswith(_FORWARDED_PREFIXES)
-        if travels and name not in _CREDENTIALS and name not in target.headers:
+        by_prefix = name.startswith(_FORWARDED_PREFIXES) and not _CREDENTIAL.search(name)
+        if (by_prefix or name in _FORWARDED) and name not in target.headers:
             lines.append(f"{name}: {value}\r\n")
     given = "anthropic-version" in call.headers or "anthropic-version" in target.headers
     if call.op.protocol is ApiProtocol.MESSAGES and not given:
@@ -5692,9 +5832,14 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
         body, _ = set_form_field(call.body, call.form_type, "model", target.model)
         return body, call.form_type
     document.forget_edits()
-    if "model" in document.value and document.value["model"] != target.model:
-        document.set("model", target.model)
-    if call.hide_usage and target.provider not in app.no_usage_option:
+    named = document.value.get("model")
+    wanted = target.model
+    if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
+        wanted = f"models/{target.model}"  # wire: as embedContent spells it; the path has it bare
+    if named is not None and named != wanted:
+        document.set("model", wanted)
+    call.asked_for_usage = call.hide_usage and target.provider not in app.no_usage_option
+    if call.asked_for_usage:
         document.set_in("stream_options", "include_usage", True)
     return document.encoded(), "application/json"
 
@@ -5706,7 +5851,7 @@ def set_form_field(
 
     Only the field's own bytes change. RFC 7578.
     """
-    boundary = re.search(r'boundary="?([^";,\s]{1,70})"?', content_type)
+    boundary = re.search(r'(?:^|;)\s*boundary="?([^";,\s]{1,70})"?', content_type)
     if boundary is None:
         return body, None
     mark = b"--" + boundary[1].encode("latin-1")
@@ -5721,6 +5866,8 @@ def set_form_field(
             return body, None
         if disposition.search(body, at, head_end + 2):
             found = body[head_end + 4 : end].decode("utf-8", "replace")
+            if disposition.search(body, end):
+                raise BadRequest(f"{name}: this field is given twice", param=name)
             return body[: head_end + 4] + value.encode() + body[end:], found
         at = end + 2
     return body, None
@@ -5813,16 +5960,14 @@ class _StreamSink:
     gets an UpstreamError if the caller has nothing yet.
     """
 
-    def __init__(
-        self, app: App, call: Call, reply: Reply, target: Target, connection: Connection
-    ) -> None:
+    def __init__(self, call: Call, reply: Reply, target: Target, connection: Connection) -> None:
         self.done: asyncio.Future[None] = connection.loop.create_future()
         self._call = call
         self._reply = reply
         self._target = target
         self._connection = connection
         self._codec = call.codec
-        hide = call.hide_usage and target.provider not in app.no_usage_option
+        hide = call.asked_for_usage
         self._relay = StreamRelay(call.codec, hide_usage=hide, as_array=call.as_array)
         self._head: ResponseHead | None = None
         self._refused: list[bytes] | None = None  # the body of a response that is no stream
@@ -5883,6 +6028,11 @@ class _StreamSink:
         else:
             said = f"{self._target.name} closed the stream before it was finished"
             self._fail(UpstreamGarbled(said, code="upstream_disconnected"))
+
+    def book(self) -> None:
+        """Note what has been used so far, when the caller has gone."""
+        self._relay.settle()
+        self._call.book(self._relay.state.usage)
 
     def on_fail(self, error: UpstreamError) -> None:
         if self._open and self._relay.state.finished:
@@ -6080,7 +6230,8 @@ def _read_path(app: App, request: HttpRequest | None) -> Path:
     if request is None:
         return Path("/", False, ApiProtocol.CHAT_COMPLETIONS)
     google, anthropic = _is_google_caller(request), "anthropic-version" in request.headers
-    return _path_for(app.config.server.base_path, request.path, google, anthropic)
+    look_up = _path_for if len(request.path) < 1024 else _path_for.__wrapped__
+    return look_up(app.config.server.base_path, request.path, google, anthropic)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -6245,7 +6396,8 @@ def _check_origin(app: App, request: HttpRequest) -> Headers:
     """
     server, headers = app.config.server, request.headers
     host = headers.get("host", "")
-    if not _may_be_called(host, server.listen, server.allowed_hosts) and request.head.minor == 1:
+    told = request.head.minor == 1 or "host" in headers
+    if told and not _may_be_called(host, server.listen, server.allowed_hosts):
         raise Forbidden(
             f"host {printable(host, 100)!r} is not allowed; add it to server.allowed_hosts",
             code="host_not_allowed",
@@ -6267,7 +6419,7 @@ def _check_origin(app: App, request: HttpRequest) -> Headers:
 def _may_be_called(host: str, listen: str, allowed: tuple[str, ...]) -> bool:
     """Whether a Host header is one of our names, and not one that was rebound to our address."""
     name = re.sub(r":\d*$", "", host).lower()
-    if is_loopback(name) or name in allowed:
+    if is_loopback(name) or name in {other.lower() for other in allowed}:
         return True
     here = listen.rpartition(":")[0]
     return not allowed and (listen.startswith("unix:") or not is_loopback(here))
@@ -6318,7 +6470,9 @@ def _read_call(
     media = content_type.partition(";")[0].strip().lower()
     call = Call(request_id, op, model, request.headers, started_at)
     call.query = "&".join(
-        pair for pair in request.query.split("&") if pair and pair.partition("=")[0] != "key"
+        pair
+        for pair in request.query.split("&")
+        if pair and unquote(pair.partition("=")[0]).lower() not in _QUERY_CREDENTIALS
     )
     if op.raw and media == "multipart/form-data":
         call.body, call.form_type = request.body, content_type
@@ -6332,6 +6486,8 @@ def _read_call(
         shown = printable(content_type, 60)
         raise UnsupportedMedia(f"content-type: expected application/json, got {shown!r}")
     call.model = call.model.strip()
+    if {".", ".."} & set(call.model.split("/")):  # it may become part of a path
+        raise BadRequest("model: `.` and `..` are no part of a model id", param="model")
     if not call.model or len(call.model) > _MAX_MODEL_CHARS:
         raise BadRequest(
             "model: expected a model id such as openai/gpt-4o-mini; GET /v1/models lists them",
@@ -6340,6 +6496,9 @@ def _read_call(
         )
     call.stream = _streams(call)
     return call
+
+
+_QUERY_CREDENTIALS = {"key", "api_key", "api-key", "apikey", "access_token", "token"}
 
 
 def _streams(call: Call) -> bool:
@@ -6370,6 +6529,8 @@ async def _list_models(app: App, request: HttpRequest, reply: Reply) -> None:
     wanted = unquote(path.below.removeprefix("/models").strip("/"))
     shape = _MODEL_SHAPES[path.protocol]
     listed = app.router.listing()
+    if len(wanted) > _MAX_MODEL_CHARS:
+        raise BadRequest("this model id is too long to be one", param="model")
     if wanted:
         found = next((one for one in listed if one.id == wanted), None)
         if found is None:
@@ -6459,7 +6620,7 @@ def _openai_list(models: list[JsonObject], query: str) -> JsonObject:  # noqa: A
 def _anthropic_list(models: list[JsonObject], query: str) -> JsonObject:
     """wire: docs.claude.com/en/api/models-list, read 2026-11: limit 1-1000, 20 unless told."""
     asked = dict(pair.partition("=")[::2] for pair in query.split("&"))
-    limit = int(asked["limit"]) if asked.get("limit", "").isdigit() else 20
+    limit = _count(asked, "limit", 20)
     ids = [model["id"] for model in models]
     after, before = unquote(asked.get("after_id", "")), unquote(asked.get("before_id", ""))
     start = ids.index(after) + 1 if after in ids else 0
@@ -6471,10 +6632,13 @@ def _anthropic_list(models: list[JsonObject], query: str) -> JsonObject:
     return {"data": page, "has_more": more, "first_id": first, "last_id": last}
 
 
+def _count(asked: Mapping[str, str], name: str, default: int) -> int:
+    return int(asked[name]) if re.fullmatch(r"[0-9]{1,9}", asked.get(name, "")) else default
+
+
 def _google_list(models: list[JsonObject], query: str) -> JsonObject:
     asked = dict(pair.partition("=")[::2] for pair in query.split("&"))
-    size = int(asked["pageSize"]) if asked.get("pageSize", "").isdigit() else 50
-    start = int(asked["pageToken"]) if asked.get("pageToken", "").isdigit() else 0
+    size, start = _count(asked, "pageSize", 50), _count(asked, "pageToken", 0)
     end = start + max(1, min(size, 1000))
     token = {"nextPageToken": str(end)} if end < len(models) else {}
     return {"models": models[start:end], **token}
@@ -6602,7 +6766,7 @@ class Listener:
         self.app = app
         self.address = ""
         self._server: asyncio.Server | None = None
-        self._opened: set[CallerConnection] = set()
+        self._opened = OpenConnections()
 
     async def open(self) -> None:
         """Listen. Raises ConfigError when the address cannot be had or would be unsafe."""
@@ -6635,16 +6799,14 @@ class Listener:
         self.app.draining = True
         if self._server:
             self._server.close()
-        for connection in list(self._opened):
-            connection.close_if_idle()
-        running = [c.errand.finished() for c in self._opened if c.errand]
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await asyncio.gather(*running)
-            await asyncio.sleep(0)  # last bytes leave before their connections are cut
-        for connection in list(self._opened):
-            if connection.errand:
-                connection.abort()
+                await asyncio.sleep(0)  # who was just accepted counts, too
+                for connection in self._opened:
+                    connection.close_if_idle()
+                await self._opened.gone()
+        for connection in self._opened:
+            connection.abort()
         await self.app.stop()
 
     @property
@@ -6710,7 +6872,7 @@ async def _look(app: App, facts: Provider, given: ActiveProvider | None) -> Acti
     if given is None:
         account = Account("", Secret(""), dict(facts.bases))
         where = urlsplit(next(iter(facts.bases.values()))).netloc
-        given = ActiveProvider(facts, (account,), f"found on {where}")
+        given = ActiveProvider(facts, (account,), f"found on {where}", found=True)
         if app.config.server.listen.endswith(f":{where.rpartition(':')[2]}"):
             return None  # that is ourselves
         ids = await _model_ids(app, given)
@@ -6728,6 +6890,7 @@ async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel,
     auth = f"authorization: Bearer {key}\r\n" if key else ""
     request = f"GET {path}/models HTTP/1.1\r\nhost: {origin.host}:{origin.port}\r\n{auth}\r\n"
     connection: Connection | None = None
+    sink: Collector | None = None
     try:
         async with asyncio.timeout(_DISCOVER_WAIT_S):
             connection = await app.pool.lend(provider.facts.id, origin, _DISCOVER_WAIT_S)
@@ -6739,8 +6902,8 @@ async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel,
         head, body = answers[0]
         found = as_list(dig(json.loads(body), "data")) if head.status == 200 else []
     except (UpstreamError, TimeoutError, ValueError, RecursionError):
-        if connection:
-            connection.abort()
+        if connection and sink:
+            connection.give_up(sink)
         return ()
     ids = [name for model in found if isinstance(name := dig(model, "id"), str)]
     return tuple(DeclaredModel(ident) for ident in sorted(ids)[:1000])

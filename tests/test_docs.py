@@ -135,7 +135,11 @@ def test_every_error_code_of_ours_is_listed() -> None:
         and issubclass(error, bitrouter.BitrouterError)
         and not issubclass(error, bitrouter.UpstreamError | bitrouter.ConfigError)
     }
-    assert {c for c in codes if f"`{c}`" not in README} == {"internal_error", "forbidden"}
+    assert {c for c in codes if f"`{c}`" not in README} == {
+        "internal_error",
+        "forbidden",
+        "caller_gone",
+    }
 
 
 def test_every_operation_is_served_where_the_readme_says() -> None:
