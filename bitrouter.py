@@ -300,6 +300,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _COLON = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 _COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_ASCII = json.JSONEncoder(separators=(",", ":")).encode
 _JSON_TYPES = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
 
 
@@ -362,7 +363,7 @@ class Document:
 
     def set(self, key: str, value: Json) -> None:
         """Replace a top-level value, or add it in front when there is none."""
-        new = compact(value).decode()
+        new = _ASCII(value)
         if key in self.value:
             try:
                 self._edits.append((*self._span(key), new))
@@ -378,7 +379,7 @@ class Document:
             self.set(key, {inner: value})
             return
         start, _ = self._span(key)
-        new = compact(value).decode()
+        new = _ASCII(value)
         if inner in outer:
             self._edits.append((*_spans(self._text, start, inner)[inner], new))
         else:
@@ -458,6 +459,16 @@ def _skip(text: str, at: int) -> int:
     return found.end() if found else at
 
 
+def first_json(text: str) -> Json:
+    """The value that a text begins with. Raises ValueError or RecursionError."""
+    return _DECODER.raw_decode(text)[0]
+
+
+def parse_json(raw: bytes) -> Json:
+    """Raises ValueError for what is not JSON in UTF-8, RecursionError for what is too deep."""
+    return _DECODER.decode(raw.decode())
+
+
 def show_json(value: Json) -> str:
     """A value in an error message: short, on one line, without control characters."""
     text = json.dumps(value, default=str)
@@ -497,7 +508,9 @@ def dig(value: Json, *path: str | int) -> Json:
 
 def whole(value: Json) -> int:
     """A count from somebody else's JSON; 0 for anything that is not a sensible number."""
-    return int(value) if isinstance(value, int | float) and 0 < value < 1e15 else 0
+    if type(value) is int:
+        return value if 0 < value < 1_000_000_000_000_000 else 0
+    return int(value) if isinstance(value, float) and 0 < value < 1e15 else 0
 
 
 def compact(value: Json) -> bytes:
@@ -643,11 +656,14 @@ def render_head(first_line: str, headers: Mapping[str, str]) -> bytes:
 
 
 def _headers(lines: list[str]) -> Headers:
-    headers: Headers = {}
     if len(lines) > _MAX_FIELDS:
         raise HeadTooLarge(f"there are {len(lines)} headers, at most {_MAX_FIELDS} are accepted")
-    for line in lines:
-        name, _, value = line.partition(":")
+    fields_ = [line.partition(":") for line in lines]
+    headers = {name.lower(): value.strip(" \t") for name, _, value in fields_}
+    if len(headers) == len(lines):
+        return headers
+    headers = {}
+    for name, _, value in fields_:
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
             if name in _ONLY_ONCE:
@@ -1127,7 +1143,7 @@ def words_of(*values: Json) -> frozenset[str]:
 def type_of(data: bytes) -> str:
     """The `type` of an event's JSON, which names the event in two of the protocols."""
     with suppress(ValueError, RecursionError):
-        name = dig(json.loads(data.decode()), "type")
+        name = dig(parse_json(data), "type")
         if isinstance(name, str) and re.fullmatch(r"[\w.]+", name):
             return name
     return "message"
@@ -1207,13 +1223,15 @@ def _chat_usage(body: JsonObject) -> Usage | None:
     usage = body.get("usage")
     if not isinstance(usage, dict):
         return None
+    prompt = as_object(usage.get("prompt_tokens_details"))
+    completion = as_object(usage.get("completion_tokens_details"))
     return Usage(
         whole(usage.get("prompt_tokens") or usage.get("input_tokens")),  # images say input_tokens
         whole(usage.get("completion_tokens") or usage.get("output_tokens")),
-        whole(dig(usage, "prompt_tokens_details", "cached_tokens"))
-        or whole(usage.get("prompt_cache_hit_tokens")),  # wire: api-docs.deepseek.com, read 2026-11
-        whole(dig(usage, "prompt_tokens_details", "cache_write_tokens")),
-        whole(dig(usage, "completion_tokens_details", "reasoning_tokens")),
+        # wire: DeepSeek counts hits beside the details; api-docs.deepseek.com, read 2026-11
+        whole(prompt.get("cached_tokens") or usage.get("prompt_cache_hit_tokens")),
+        whole(prompt.get("cache_write_tokens")),
+        whole(completion.get("reasoning_tokens")),
     )
 
 
@@ -2051,7 +2069,7 @@ _VERDICTS: tuple[tuple[type[UpstreamError], Callable[[int, ErrorFacts], bool]], 
 
 def _error_facts(body: bytes, protocol: ApiProtocol) -> ErrorFacts | None:
     try:
-        value = json.loads(body)
+        value = parse_json(body)
     except (ValueError, RecursionError):
         return None
     if isinstance(value, list) and value:  # wire: Google wraps the error of an array stream
@@ -2210,7 +2228,7 @@ class StreamRelay:
             self.state.ended = True
             return event, None
         try:
-            value = json.loads(event.data.decode())
+            value = parse_json(event.data)
         except (ValueError, RecursionError):
             shown = printable(event.data[:200].decode("utf-8", "replace"))
             said = "the provider sent an event that is not JSON"
@@ -4069,7 +4087,7 @@ def _echo_answer(prompt: Prompt) -> list[StreamPart]:
         if wanted[1] in prompt.tools:
             with suppress(ValueError, RecursionError):
                 rest = prompt.text[wanted.end() : wanted.end() + _MAX_ECHOED_CHARS] or "{}"
-                value, _ = _ECHO_DECODER.raw_decode(rest if rest.startswith("{") else "{}")
+                value = first_json(rest if rest.startswith("{") else "{}")
                 return [ToolCall("call_echo_1", wanted[1], json.dumps(value))]
     if prompt.schema is not None:
         return [TextDelta(json.dumps(smallest(prompt.schema)))]
@@ -4078,9 +4096,6 @@ def _echo_answer(prompt: Prompt) -> list[StreamPart]:
     *words, last = re.findall(r"\s*\S+", said)
     rest = text[len(said) :] + prompt.text[_MAX_ECHOED_CHARS:]
     return [TextDelta(word) for word in (*words, last + rest)]
-
-
-_ECHO_DECODER = json.JSONDecoder()
 
 
 def smallest(schema: JsonObject) -> Json:
@@ -4176,10 +4191,9 @@ class LogWriter(logging.Handler):
         """Write one line. Facts that are None are left out."""
         stamp = self._now()
         if self._as_json:
-            line = _ENCODE(
-                {"ts": stamp, "level": level, "event": name}
-                | {k: v for k, v in facts.items() if v is not None}
-            )
+            told = _ENCODE({k: v for k, v in facts.items() if v is not None})
+            comma = ", " if len(told) > 2 else ""
+            line = f'{{"ts": "{stamp}", "level": "{level}", "event": "{name}"{comma}{told[1:]}'
         else:
             pairs = [f" {k}={_logfmt(v)}" for k, v in facts.items() if v is not None]
             line = f"{stamp} {level} {name}{''.join(pairs)}"
@@ -5893,7 +5907,7 @@ def _read_answer(call: Call, target: Target, body: bytes) -> JsonObject:
     if len(body) > _MAX_ERROR_BYTES and not call.op.generates:
         return _usage_at_end(body)  # embeddings: megabytes of numbers that are nobody's business
     try:
-        value = json.loads(body)
+        value = parse_json(body)
     except (ValueError, RecursionError):
         shown = printable(body[:200].decode("utf-8", "replace"))
         said = f"{target.name} answered 200 with what is not JSON"
@@ -5919,7 +5933,7 @@ def _usage_at_end(body: bytes) -> JsonObject:
     at = body.rfind(b'"usage"')
     with suppress(ValueError):
         text = body[at:].decode("utf-8", "replace")
-        return {"usage": json.JSONDecoder().raw_decode(text, text.index("{"))[0]} if at >= 0 else {}
+        return {"usage": first_json(text[text.index("{") :])} if at >= 0 else {}
     return {}
 
 
@@ -6900,7 +6914,7 @@ async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel,
             connection.start(request.encode(), sink)
             await sink.done
         head, body = answers[0]
-        found = as_list(dig(json.loads(body), "data")) if head.status == 200 else []
+        found = as_list(dig(parse_json(body), "data")) if head.status == 200 else []
     except (UpstreamError, TimeoutError, ValueError, RecursionError):
         if connection and sink:
             connection.give_up(sink)
