@@ -1099,6 +1099,66 @@ class AnswerLabel(NamedTuple):
     created: int
 
 
+class ErrorWords(NamedTuple):
+    """What the protocols call one kind of error."""
+
+    openai: str
+    messages: str
+    gemini: str
+
+
+# wire: platform.openai.com/docs/guides/error-codes, docs.claude.com/en/api/errors,
+# cloud.google.com/apis/design/errors; read 2026-11
+# fmt: off
+_ERROR_ROSETTA = (
+    # kind                OpenAI's two                Messages, generateContent
+    (Kind.INVALID_REQUEST, "invalid_request_error",    "invalid_request_error", "INVALID_ARGUMENT"),
+    (Kind.AUTH,            "invalid_request_error",    "authentication_error", "UNAUTHENTICATED"),
+    (Kind.BILLING,         "billing_error",            "billing_error", "FAILED_PRECONDITION"),
+    (Kind.PERMISSION,      "permission_error",         "permission_error", "PERMISSION_DENIED"),
+    (Kind.NOT_FOUND,       "invalid_request_error",    "not_found_error", "NOT_FOUND"),
+    (Kind.TOO_LARGE,       "invalid_request_error",    "request_too_large", "INVALID_ARGUMENT"),
+    (Kind.RATE_LIMIT,      "rate_limit_error",         "rate_limit_error", "RESOURCE_EXHAUSTED"),
+    (Kind.OVERLOADED,      "service_unavailable_error", "overloaded_error", "UNAVAILABLE"),
+    (Kind.INTERNAL,        "server_error",             "api_error", "INTERNAL"),
+    (Kind.BAD_GATEWAY,     "server_error",             "api_error", "UNAVAILABLE"),
+    (Kind.TIMEOUT,         "server_error",             "timeout_error", "DEADLINE_EXCEEDED"),
+    (Kind.UNSUPPORTED,     "invalid_request_error",    "invalid_request_error", "UNIMPLEMENTED"),
+)
+# fmt: on
+ERROR_WORDS = {kind: ErrorWords(*words) for kind, *words in _ERROR_ROSETTA}
+
+
+def status_but_529(error: BitrouterError) -> int:
+    """An error's status, for protocols whose vendors do not know Anthropic's 529."""
+    return 503 if error.status == 529 else error.status
+
+
+def plainly_framed(block: bytes) -> bool:
+    """Whether each event of a block is one line of data with an object, and nothing else."""
+    events = block.count(b"\n\n")
+    return (
+        block.startswith(b"data: {")
+        and block.count(b"\n\ndata: {") == events - 1
+        and block.count(b"}\n\n") == events
+        and block.count(b"\n") == 2 * events
+        and b"\r" not in block
+    )
+
+
+def named_and_framed(block: bytes) -> bool:
+    """Whether each event of a block has its name, then one line of data with an object."""
+    events = block.count(b"\n\n")
+    return (
+        block.startswith(b"event: ")
+        and block.count(b"\n\nevent: ") == events - 1
+        and block.count(b"\ndata: {") == events
+        and block.count(b"}\n\n") == events
+        and block.count(b"\n") == 3 * events
+        and b"\r" not in block
+    )
+
+
 class StreamEncoder(Protocol):
     """StreamParts -> the bytes of a protocol's event stream."""
 
@@ -1140,6 +1200,27 @@ def words_of(*values: Json) -> frozenset[str]:
     return frozenset(value.lower() for value in values if isinstance(value, str))
 
 
+def prompt_from(
+    body: JsonObject, tool_path: tuple[str, ...], schema_path: tuple[str, ...]
+) -> Prompt:
+    """What the built-in model reads of a request of either chat protocol. Raises BadRequest."""
+    messages = maybe(body, "messages", list) or []
+    if not messages:
+        raise BadRequest("messages: expected a list with at least one message", param="messages")
+    said = [m for m in messages if dig(m, "role") == "user"]
+    tools = [dig(tool, *tool_path) for tool in maybe(body, "tools", list) or ()]
+    schema = dig(body, *schema_path)
+    contents = [body.get("system"), *(dig(m, "content") for m in messages)]
+    return Prompt(
+        model=str(body.get("model")),
+        text=texts_of(dig(said[-1], "content")) if said else "",
+        tools=tuple(name for name in tools if isinstance(name, str)),
+        schema=schema if isinstance(schema, dict) else None,
+        size=sum(len(texts_of(content)) for content in contents),
+        stream=body.get("stream") is True,
+    )
+
+
 def type_of(data: bytes) -> str:
     """The `type` of an event's JSON, which names the event in two of the protocols."""
     with suppress(ValueError, RecursionError):
@@ -1164,31 +1245,11 @@ def texts_of(content: Json) -> str:
 # event to be one `data:` line and nothing else (an `id:` line makes each later blank line a
 # crash), usage in the last chunk, and errors as `{"error": {...}}` with no [DONE] after it.
 
-# kind -> type and code of the error object, after platform.openai.com/docs/guides/error-codes
-_OPENAI_ERRORS = {
-    Kind.INVALID_REQUEST: "invalid_request_error",
-    Kind.AUTH: "invalid_request_error",
-    Kind.BILLING: "billing_error",
-    Kind.PERMISSION: "permission_error",
-    Kind.NOT_FOUND: "invalid_request_error",
-    Kind.TOO_LARGE: "invalid_request_error",
-    Kind.RATE_LIMIT: "rate_limit_error",
-    Kind.OVERLOADED: "service_unavailable_error",
-    Kind.INTERNAL: "server_error",
-    Kind.BAD_GATEWAY: "server_error",
-    Kind.TIMEOUT: "server_error",
-    Kind.UNSUPPORTED: "invalid_request_error",
-}
-
 
 def openai_render_error(error: BitrouterError) -> JsonObject:
     """OpenAI's error object, for both of its protocols."""
-    facts = {"message": error.message, "type": _OPENAI_ERRORS[error.kind]}
+    facts = {"message": error.message, "type": ERROR_WORDS[error.kind].openai}
     return {"error": {**facts, "param": error.param, "code": error.code, **error.extra}}
-
-
-def openai_render_status(error: BitrouterError) -> int:
-    return 503 if error.status == 529 else error.status
 
 
 def openai_parse_error(body: JsonObject) -> ErrorFacts | None:
@@ -1239,17 +1300,6 @@ def _chat_what_is_missing(body: JsonObject) -> str:
     return "" if body.get("choices") else "choices"
 
 
-def _chat_strict(block: bytes) -> bool:
-    events = block.count(b"\n\n")
-    return (
-        block.startswith(b"data: {")
-        and block.count(b"\n\ndata: {") == events - 1
-        and block.count(b"}\n\n") == events
-        and block.count(b"\n") == 2 * events
-        and b"\r" not in block
-    )
-
-
 def _chat_dull(block: bytes) -> bool:
     return (
         b'"error"' not in block
@@ -1287,22 +1337,9 @@ def _chat_fail_stream(error: BitrouterError, state: StreamState, last: bytes) ->
     return sse_encode(compact(openai_render_error(error)))
 
 
-def chat_parse_request(body: JsonObject) -> Prompt:
-    messages = maybe(body, "messages", list) or []
-    if not messages:
-        raise BadRequest("messages: expected a list with at least one message", param="messages")
-    said = [m for m in messages if dig(m, "role") == "user"]
-    tools = [dig(t, "function", "name") for t in maybe(body, "tools", list) or ()]
-    schema = dig(body, "response_format", "json_schema", "schema")
-    return Prompt(
-        model=str(body.get("model")),
-        text=texts_of(dig(said[-1], "content")) if said else "",
-        tools=tuple(name for name in tools if isinstance(name, str)),
-        schema=schema if isinstance(schema, dict) else None,
-        size=sum(len(texts_of(dig(m, "content"))) for m in messages),
-        stream=body.get("stream") is True,
-        wants_usage=dig(body, "stream_options", "include_usage") is True,
-    )
+def _chat_parse_request(body: JsonObject) -> Prompt:
+    prompt = prompt_from(body, ("function", "name"), ("response_format", "json_schema", "schema"))
+    return prompt._replace(wants_usage=dig(body, "stream_options", "include_usage") is True)
 
 
 def _chat_render_response(
@@ -1376,19 +1413,19 @@ class _ChatEncoder:
 
 CHAT = Codec(
     render_error=openai_render_error,
-    render_status=openai_render_status,
+    render_status=status_but_529,
     parse_error=openai_parse_error,
     usage=_chat_usage,
     what_is_missing=_chat_what_is_missing,
     comments=True,
     heartbeat=b": keepalive\n\n",
     end_mark=b"data: [DONE]\n\n",
-    strict=_chat_strict,
+    strict=plainly_framed,
     dull=_chat_dull,
     note=_chat_note,
     frame=_chat_frame,
     fail_stream=_chat_fail_stream,
-    parse_request=chat_parse_request,
+    parse_request=_chat_parse_request,
     render_response=_chat_render_response,
     encoder=_ChatEncoder,
 )
@@ -1425,18 +1462,6 @@ def _responses_usage(body: JsonObject) -> Usage | None:
 
 def _responses_what_is_missing(body: JsonObject) -> str:
     return "" if isinstance(body.get("output"), list) else "output"
-
-
-def _responses_strict(block: bytes) -> bool:
-    events = block.count(b"\n\n")
-    return (
-        block.startswith(b"event: ")
-        and block.count(b"\n\nevent: ") == events - 1
-        and block.count(b"\ndata: {") == events
-        and block.count(b"}\n\n") == events
-        and block.count(b"\n") == 3 * events
-        and b"\r" not in block
-    )
 
 
 def _responses_dull(block: bytes) -> bool:
@@ -1479,14 +1504,14 @@ def _responses_fail_stream(error: BitrouterError, state: StreamState, last: byte
 
 RESPONSES = Codec(
     render_error=openai_render_error,
-    render_status=openai_render_status,
+    render_status=status_but_529,
     parse_error=openai_parse_error,
     usage=_responses_usage,
     what_is_missing=_responses_what_is_missing,
     comments=True,
     heartbeat=b": keepalive\n\n",
     end_mark=b"",
-    strict=_responses_strict,
+    strict=named_and_framed,
     dull=_responses_dull,
     note=_responses_note,
     frame=_responses_frame,
@@ -1500,20 +1525,6 @@ RESPONSES = Codec(
 # wire: docs.claude.com/en/api/messages-streaming, read 2026-11. Anthropic's SDKs drop an event
 # without an `event:` line, and raise when message_stop is missing.
 
-_MESSAGES_ERRORS = {
-    Kind.INVALID_REQUEST: "invalid_request_error",
-    Kind.AUTH: "authentication_error",
-    Kind.BILLING: "billing_error",
-    Kind.PERMISSION: "permission_error",
-    Kind.NOT_FOUND: "not_found_error",
-    Kind.TOO_LARGE: "request_too_large",
-    Kind.RATE_LIMIT: "rate_limit_error",
-    Kind.OVERLOADED: "overloaded_error",
-    Kind.INTERNAL: "api_error",
-    Kind.BAD_GATEWAY: "api_error",
-    Kind.TIMEOUT: "timeout_error",
-    Kind.UNSUPPORTED: "invalid_request_error",
-}
 # wire: docs.claude.com/en/api/errors, read 2026-11: what an error event inside a 200 stands for
 _MESSAGES_STATUS = {
     "invalid_request_error": 400, "authentication_error": 401, "billing_error": 402,
@@ -1523,7 +1534,7 @@ _MESSAGES_STATUS = {
 
 
 def _messages_render_error(error: BitrouterError) -> JsonObject:
-    facts = {"type": _MESSAGES_ERRORS[error.kind], "message": error.message}
+    facts = {"type": ERROR_WORDS[error.kind].messages, "message": error.message}
     details = {"error_code": error.code, **error.extra}
     return {"type": "error", "error": {**facts, "details": details}}
 
@@ -1566,18 +1577,6 @@ def _messages_what_is_missing(body: JsonObject) -> str:
     return "" if isinstance(body.get("content"), list) else "content"
 
 
-def _messages_strict(block: bytes) -> bool:
-    events = block.count(b"\n\n")
-    return (
-        block.startswith(b"event: ")
-        and block.count(b"\n\nevent: ") == events - 1
-        and block.count(b"\ndata: {") == events
-        and block.count(b"}\n\n") == events
-        and block.count(b"\n") == 3 * events
-        and b"\r" not in block
-    )
-
-
 def _messages_dull(block: bytes) -> bool:
     return b'"message_' not in block and b'"error"' not in block
 
@@ -1616,22 +1615,8 @@ def _messages_fail_stream(error: BitrouterError, state: StreamState, last: bytes
     return sse_encode(compact(_messages_render_error(error)), "error")
 
 
-def messages_parse_request(body: JsonObject) -> Prompt:
-    messages = maybe(body, "messages", list) or []
-    if not messages:
-        raise BadRequest("messages: expected a list with at least one message", param="messages")
-    said = [m for m in messages if dig(m, "role") == "user"]
-    tools = [dig(t, "name") for t in maybe(body, "tools", list) or ()]
-    schema = dig(body, "output_config", "format", "schema")
-    return Prompt(
-        model=str(body.get("model")),
-        text=texts_of(dig(said[-1], "content")) if said else "",
-        tools=tuple(name for name in tools if isinstance(name, str)),
-        schema=schema if isinstance(schema, dict) else None,
-        size=sum(len(texts_of(dig(m, "content"))) for m in messages)
-        + len(texts_of(body.get("system"))),
-        stream=body.get("stream") is True,
-    )
+def _messages_parse_request(body: JsonObject) -> Prompt:
+    return prompt_from(body, ("name",), ("output_config", "format", "schema"))
 
 
 def _messages_render_response(
@@ -1738,12 +1723,12 @@ MESSAGES = Codec(
     comments=True,
     heartbeat=b'event: ping\ndata: {"type": "ping"}\n\n',
     end_mark=b'event: message_stop\ndata: {"type":"message_stop"}\n\n',
-    strict=_messages_strict,
+    strict=named_and_framed,
     dull=_messages_dull,
     note=_messages_note,
     frame=_messages_frame,
     fail_stream=_messages_fail_stream,
-    parse_request=messages_parse_request,
+    parse_request=_messages_parse_request,
     render_response=_messages_render_response,
     encoder=_MessagesEncoder,
 )
@@ -1756,24 +1741,9 @@ MESSAGES = Codec(
 # it dies on comments, `event:` lines and [DONE]; an error must have `error` as its first key and
 # an integer code; a stream ends at EOF, and one without a finishReason was cut off.
 
-_GEMINI_ERRORS = {
-    Kind.INVALID_REQUEST: "INVALID_ARGUMENT",
-    Kind.AUTH: "UNAUTHENTICATED",
-    Kind.BILLING: "FAILED_PRECONDITION",
-    Kind.PERMISSION: "PERMISSION_DENIED",
-    Kind.NOT_FOUND: "NOT_FOUND",
-    Kind.TOO_LARGE: "INVALID_ARGUMENT",
-    Kind.RATE_LIMIT: "RESOURCE_EXHAUSTED",
-    Kind.OVERLOADED: "UNAVAILABLE",
-    Kind.INTERNAL: "INTERNAL",
-    Kind.BAD_GATEWAY: "UNAVAILABLE",
-    Kind.TIMEOUT: "DEADLINE_EXCEEDED",
-    Kind.UNSUPPORTED: "UNIMPLEMENTED",
-}
-
 
 def _gemini_render_error(error: BitrouterError) -> JsonObject:
-    status = _gemini_render_status(error)
+    status = status_but_529(error)
     facts = {str(k): str(v) for k, v in error.extra.items()}
     info = "type.googleapis.com/google.rpc.ErrorInfo"
     details: list[JsonObject] = [
@@ -1782,12 +1752,8 @@ def _gemini_render_error(error: BitrouterError) -> JsonObject:
     if error.retry_after_s is not None:
         retry = "type.googleapis.com/google.rpc.RetryInfo"
         details.append({"@type": retry, "retryDelay": f"{error.retry_after_s:g}s"})
-    name = _GEMINI_ERRORS[error.kind]
+    name = ERROR_WORDS[error.kind].gemini
     return {"error": {"code": status, "message": error.message, "status": name, "details": details}}
-
-
-def _gemini_render_status(error: BitrouterError) -> int:
-    return 503 if error.status == 529 else error.status
 
 
 def _gemini_parse_error(body: JsonObject) -> ErrorFacts | None:
@@ -1823,15 +1789,7 @@ def _gemini_what_is_missing(body: JsonObject) -> str:
 
 
 def _gemini_strict(block: bytes) -> bool:
-    ends = block.replace(b"\r\n", b"\n") if b"\r" in block else block
-    events = ends.count(b"\n\n")
-    return (
-        ends.startswith(b"data: {")
-        and ends.count(b"\n\ndata: {") == events - 1
-        and ends.count(b"}\n\n") == events
-        and ends.count(b"\n") == 2 * events
-        and b"\r" not in ends
-    )
+    return plainly_framed(block.replace(b"\r\n", b"\n") if b"\r" in block else block)
 
 
 def _gemini_dull(block: bytes) -> bool:
@@ -1863,7 +1821,7 @@ def _gemini_fail_stream(error: BitrouterError, state: StreamState, last: bytes) 
 
 GEMINI = Codec(
     render_error=_gemini_render_error,
-    render_status=_gemini_render_status,
+    render_status=status_but_529,
     parse_error=_gemini_parse_error,
     usage=_gemini_usage,
     what_is_missing=_gemini_what_is_missing,
@@ -1887,14 +1845,6 @@ CODECS: dict[ApiProtocol, Codec] = {
     ApiProtocol.RESPONSES: RESPONSES,
     ApiProtocol.MESSAGES: MESSAGES,
     ApiProtocol.GENERATE_CONTENT: GEMINI,
-}
-
-# Where each protocol generates, for messages that tell a caller what would work.
-GENERATE_PATHS = {
-    ApiProtocol.CHAT_COMPLETIONS: "/v1/chat/completions",
-    ApiProtocol.RESPONSES: "/v1/responses",
-    ApiProtocol.MESSAGES: "/v1/messages",
-    ApiProtocol.GENERATE_CONTENT: "/v1beta/models/{model}:generateContent",
 }
 
 
@@ -1922,41 +1872,46 @@ MESSAGES_OP = Operation("messages", ApiProtocol.MESSAGES, "/messages", generates
 
 # path below /v1 -> what is asked there
 OPERATIONS: dict[str, Operation] = {
-    "/chat/completions": CHAT_OP,
-    "/responses": RESPONSES_OP,
-    "/responses/input_tokens": Operation(
-        "input_tokens", ApiProtocol.RESPONSES, "/responses/input_tokens"
-    ),
-    "/messages": MESSAGES_OP,
-    "/messages/count_tokens": Operation(
-        "count_tokens", ApiProtocol.MESSAGES, "/messages/count_tokens"
-    ),
-    "/embeddings": Operation("embeddings", _CC, "/embeddings"),
-    "/completions": Operation("completions", _CC, "/completions", generates=True),
-    "/moderations": Operation("moderations", _CC, "/moderations"),
-    **{
-        path: Operation(path[1:].replace("/", "_"), _CC, path, raw=True)
-        for path in (
-            "/images/generations",
-            "/images/edits",
-            "/images/variations",
-            "/audio/speech",
-            "/audio/transcriptions",
-            "/audio/translations",
-        )
-    },
+    op.suffix: op
+    for op in (
+        CHAT_OP,
+        RESPONSES_OP,
+        MESSAGES_OP,
+        Operation("input_tokens", ApiProtocol.RESPONSES, "/responses/input_tokens"),
+        Operation("count_tokens", ApiProtocol.MESSAGES, "/messages/count_tokens"),
+        Operation("embeddings", _CC, "/embeddings"),
+        Operation("completions", _CC, "/completions", generates=True),
+        Operation("moderations", _CC, "/moderations"),
+        Operation("images_generations", _CC, "/images/generations", raw=True),
+        Operation("images_edits", _CC, "/images/edits", raw=True),
+        Operation("images_variations", _CC, "/images/variations", raw=True),
+        Operation("audio_speech", _CC, "/audio/speech", raw=True),
+        Operation("audio_transcriptions", _CC, "/audio/transcriptions", raw=True),
+        Operation("audio_translations", _CC, "/audio/translations", raw=True),
+    )
 }
+
+_GENERATING_VERBS = ("generateContent", "streamGenerateContent")
 
 # the verb after the last colon of a Google path -> what is asked
 GEMINI_VERBS: dict[str, Operation] = {
-    verb: Operation(verb, _GC, "/models/{model}:" + verb, generates=verb.endswith("erateContent"))
+    verb: Operation(verb, _GC, "/models/{model}:" + verb, generates=verb in _GENERATING_VERBS)
     for verb in (
-        "generateContent",
-        "streamGenerateContent",
+        *_GENERATING_VERBS,
         "countTokens",
         "embedContent",
         "batchEmbedContents",
     )
+}
+
+
+# How to generate in each protocol, and where: messages name the path when another would work.
+GENERATE = {
+    op.protocol: op for op in (CHAT_OP, RESPONSES_OP, MESSAGES_OP, GEMINI_VERBS["generateContent"])
+}
+GENERATE_PATHS = {
+    protocol: ("/v1beta" if protocol is _GC else "/v1") + op.suffix
+    for protocol, op in GENERATE.items()
 }
 
 
@@ -2460,12 +2415,11 @@ class Model(NamedTuple):
     carried: dict[str, tuple[str, Price]]
 
 
-MODELS_READ_ON = "2026-11-22"
-
 # id  context/max output  in/out[/cache read[/cache write]]  modalities  provider[=its id][@price]
-# wire: github.com/bitrouter/bitrouter at 003f99ee (Apache-2.0), vendors' price pages by way of
-# litellm 1.109.1 (MIT). A provider without `=` spells the id its usual way; a provider without
-# `@` charges the price in the third column. `+272000:` begins the rates above so many tokens.
+# wire: github.com/bitrouter/bitrouter at 003f99ee (Apache-2.0), and vendors' prices by way of
+# litellm 1.109.1 (MIT), read 2026-11-22. A provider without `=` spells the id its usual way; one
+# without `@` charges the price in the third column. `+272000:` begins the rates above so many
+# tokens.
 _CATALOGUE = """\
 anthropic/claude-fable-5 1000000/128000 10/50/1/12.5 tip>t anthropic
     aws-bedrock=anthropic.claude-fable-5 azure bitrouter opencode-zen openrouter
@@ -2997,8 +2951,11 @@ def parse_config(text: str, environ: Mapping[str, str], name: str = "bitrouter.t
     config = reader.table(Config, raw, ())
     _check_references(config, reader)
     where = _Lines(text, name)
-    problems = [f"{where.of(path)}: {said}" for path, said in reader.found]
-    return Loaded(config, problems, [f"{where.of(path)}: {said}" for path, said in reader.unset])
+
+    def shown(found: list[tuple[_KeyPath, str]]) -> list[str]:
+        return [f"{where.of(path)}: {_dotted(path)}: {said}" for path, said in found]
+
+    return Loaded(config, shown(reader.found), shown(reader.unset))
 
 
 def _parse_text(text: str, name: str) -> JsonObject:
@@ -3032,14 +2989,14 @@ class _Reader:
                 values[name] = self.value(known[name], value, (*path, name))
             else:
                 at = (*path, name)
-                self.problem(at, f"{_dotted(at)}: unknown key; {_near(name, known)}")
+                self.problem(at, f"unknown key; {_near(name, known)}")
         for spec in fields(kind):  # type: ignore[arg-type]  # kind is one of our dataclasses
             given = values.get(spec.name)
             if given is not None:
                 self._limits(spec.metadata, given, (*path, spec.name))
             elif spec.default is MISSING and spec.default_factory is MISSING:
                 if spec.name not in raw:
-                    self.problem(path, f"{_dotted((*path, spec.name))}: this key is required")
+                    self.problem((*path, spec.name), "this key is required")
                 values[spec.name] = _EMPTY.get(known[spec.name], "")
             else:
                 values.pop(spec.name, None)
@@ -3093,21 +3050,21 @@ class _Reader:
         protocol = PROTOCOL_NAMES.get(name) if isinstance(name, str) else None
         if protocol is None:
             known = ", ".join(ApiProtocol)
-            self.problem(path, f"{_dotted(path)}: expected one of {known}, got {show_json(name)}")
+            self.problem(path, f"expected one of {known}, got {show_json(name)}")
         return protocol
 
     def _limits(self, limits: Mapping[str, Any], value: Any, path: _KeyPath) -> None:
         low, words = limits.get("low"), limits.get("words")
         if low is not None and not low <= value < 1e12:
-            self.problem(path, f"{_dotted(path)}: expected {low:g} or more, got {show_json(value)}")
+            self.problem(path, f"expected {low:g} or more, got {show_json(value)}")
         if words and value not in words:
             said = f"expected one of {', '.join(words)}, got {show_json(value)}"
-            self.problem(path, f"{_dotted(path)}: {said}")
+            self.problem(path, f"{said}")
 
     def _substituted(self, text: str, path: _KeyPath) -> str:
         expanded, missing = expand(text, self._environ)
         for name in missing:
-            said = f"{_dotted(path)}: the environment variable {name} is not set"
+            said = f"the environment variable {name} is not set"
             self.unset.append((path, said))
         return expanded
 
@@ -3118,7 +3075,7 @@ class _Reader:
         # Below these two, a value in the wrong place may well be a key.
         hidden = path[:1] in (("providers",), ("keys",)) and type(raw) in _JSON_KINDS
         shown = _JSON_KINDS[type(raw)] if hidden else show_json(raw)
-        self.problem(path, f"{_dotted(path)}: expected {wanted}, got {shown}")
+        self.problem(path, f"expected {wanted}, got {shown}")
 
 
 _JSON_KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "a table"}
@@ -3247,14 +3204,14 @@ def _check_references(config: Config, reader: _Reader) -> None:
         other = names.setdefault(provider_id(ident), ident)
         if other != ident or ident == "echo":
             said = f"is the same provider as {other}" if other != ident else "is built in"
-            reader.problem(("providers", ident), f"providers.{ident}: {ident} {said}")
+            reader.problem(("providers", ident), f"{ident} {said}")
     told = {path[:2] for path, _ in reader.found}
     for name, model in config.models.items():
         if name == ECHO_MODEL:
-            reader.problem(("models", name), f"models.{name}: this model is built in")
+            reader.problem(("models", name), "this model is built in")
         if not model.endpoints and ("models", name) not in told:
             at = ("models", name, "endpoints")
-            reader.problem(at, f"{_dotted(at)}: expected at least one")
+            reader.problem(at, "expected at least one")
         for i, endpoint in enumerate(model.endpoints):
             known = {*config.providers, *PROVIDERS, *ALIASES}
             if endpoint.provider not in known:
@@ -3262,7 +3219,7 @@ def _check_references(config: Config, reader: _Reader) -> None:
                 near = near_misses(endpoint.provider, known, 1)
                 hint = f"did you mean {near[0]}?" if near else "`bitrouter providers` lists them"
                 said = f"there is no provider {endpoint.provider!r}; {hint}"
-                reader.problem(at, f"{_dotted(at)}: {said}")
+                reader.problem(at, f"{said}")
     _check_server(config.server, reader)
 
 
@@ -3271,29 +3228,29 @@ def _check_provider(ident: str, provider: ProviderConfig, reader: _Reader) -> No
     if provider_id(ident) not in PROVIDERS and not provider.api_base:
         near = near_misses(ident, [*PROVIDERS, *ALIASES], 1)
         hint = f"did you mean {near[0]}?" if near else "one of your own needs an api_base"
-        reader.problem(at, f"providers.{ident}: this provider is not known; {hint}")
+        reader.problem(at, f"this provider is not known; {hint}")
     if provider.api_key and provider.accounts:
-        reader.problem(at, f"providers.{ident}: give api_key or accounts, not both")
+        reader.problem(at, "give api_key or accounts, not both")
     bases: list[tuple[_KeyPath, str]] = [((*at, "api_base"), provider.api_base)]
     for i, account in enumerate(provider.accounts):
         bases.append(((*at, "accounts", i, "api_base"), account.api_base))
     for where, base in bases:
         if base and (wrong := base_problem(base)):
-            reader.problem(where, f"{_dotted(where)}: {wrong}")
+            reader.problem(where, wrong)
     labels = [_label(account, i) for i, account in enumerate(provider.accounts, 1)]
     for label in {label for label in labels if labels.count(label) > 1}:
         where = (*at, "accounts")
-        reader.problem(where, f"{_dotted(where)}: two accounts are labelled {show_json(label)}")
+        reader.problem(where, f"two accounts are labelled {show_json(label)}")
     for name, value in provider.extra_headers.items():
         if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or not is_header_text(value):
             where = (*at, "extra_headers", name)
-            reader.problem(where, f"{_dotted(where)}: not fit for an HTTP header")
+            reader.problem(where, "not fit for an HTTP header")
         elif name.lower() in _OUR_HEADERS:
             where = (*at, "extra_headers", name)
-            reader.problem(where, f"{_dotted(where)}: this header is not yours to set")
+            reader.problem(where, "this header is not yours to set")
     keys = [provider.api_key, *(account.api_key for account in provider.accounts)]
     if not all(is_header_text(key.reveal()) for key in keys if key):
-        reader.problem(at, f"providers.{ident}: a key holds a character that no header may hold")
+        reader.problem(at, "a key holds a character that no header may hold")
 
 
 _OUR_HEADERS = {
@@ -3306,10 +3263,10 @@ def _check_server(server: Server, reader: _Reader) -> None:
     for key in ("listen", "health_listen"):
         text = getattr(server, key)
         if text and (wrong := listen_problem(text)):
-            reader.problem(("server", key), f"server.{key}: {wrong}")
+            reader.problem(("server", key), wrong)
     if server.base_path and not re.fullmatch(r"(/[\w.~-]+)+", server.base_path):
         said = f"expected a path such as /llm, got {show_json(server.base_path)}"
-        reader.problem(("server", "base_path"), f"server.base_path: {said}")
+        reader.problem(("server", "base_path"), said)
 
 
 def is_header_text(text: str) -> bool:
@@ -3539,12 +3496,12 @@ def _rebased(known: Provider, override: str) -> dict[ApiProtocol, str]:
     moved = {}
     for protocol, base in known.bases.items():
         path = _path_of(base)
-        inside = path.startswith(usual) and known.id in PROVIDERS
-        moved[protocol] = (
-            override + path[len(usual) :] if inside else f"{url.scheme}://{url.netloc}{path}"
-        )
-        if known.id not in PROVIDERS:
+        if known.id not in PROVIDERS:  # only the file knows it: one base for all
             moved[protocol] = override
+        elif path.startswith(usual):
+            moved[protocol] = override + path[len(usual) :]
+        else:
+            moved[protocol] = f"{url.scheme}://{url.netloc}{path}"
         if protocol is ApiProtocol.MESSAGES and not re.search(r"/v\d\w*$", moved[protocol]):
             moved[protocol] += "/v1"  # Anthropic's SDKs, and so people, leave it out
     return moved
@@ -4368,7 +4325,6 @@ class Connection(asyncio.Protocol):
         self._tunnel = False  # waiting for a proxy to answer CONNECT
         self._sink: Sink | None = None
         self._inbox = b""
-        self._head: ResponseHead | None = None
         self._decoder: BodyDecoder | None = None
         self._inflater: Inflater | None = None
         self._heard = False  # a byte of the current answer has come
@@ -4430,7 +4386,7 @@ class Connection(asyncio.Protocol):
             sink.on_fail(UpstreamUnreachable(said))
             return
         self._sent_at = self.loop.time()
-        self._sink, self._head, self._decoder, self._inflater = sink, None, None, None
+        self._sink, self._decoder, self._inflater = sink, None, None
         self._heard = False
         self._write(request)
 
@@ -4453,6 +4409,13 @@ class Connection(asyncio.Protocol):
         if self._transport and self._paused:
             self._paused = False
             self._transport.resume_reading()
+
+    def follow(self, slow: bool) -> None:
+        """Read no faster than the caller does."""
+        if slow:
+            self.pause()
+        else:
+            self.resume()
 
     def detach(self) -> None:
         """Nobody wants the rest of this answer, if any: what does not end at once is cut."""
@@ -4888,6 +4851,13 @@ def _read_proxy(url: str) -> _Proxy:
     return _Proxy(parts.hostname, port, auth)
 
 
+def fail_future(future: asyncio.Future[None], error: Exception) -> None:
+    """Fail it, unless it is settled. Looked at here, for when nobody waits any more."""
+    if not future.done():
+        future.set_exception(error)
+        future.exception()
+
+
 class Collector:
     """A sink that gathers a whole answer and hands it to `use`.
 
@@ -4928,9 +4898,7 @@ class Collector:
             self.done.set_result(None)
 
     def on_fail(self, error: UpstreamError) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-            self.done.exception()  # seen here, for when nobody waits any more
+        fail_future(self.done, error)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -5947,13 +5915,18 @@ def _refusal(call: Call, target: Target, head: ResponseHead, body: bytes) -> Ups
 
 def _answer_headers(call: Call, target: Target, head: ResponseHead) -> Headers:
     """The provider's headers that concern the caller, and ours that say who served it."""
-    headers = {
-        name: value
-        for name, value in head.headers.items()
-        if name in _RETURNED or name.startswith(_RETURNED_PREFIXES)
-    }
+    headers = returned_headers(head.headers)
     headers.setdefault("content-type", "application/json")
     return headers | served_by(call, target)
+
+
+def returned_headers(headers: Headers) -> Headers:
+    """Those of a provider's headers that concern the caller."""
+    return {
+        name: value
+        for name, value in headers.items()
+        if name in _RETURNED or name.startswith(_RETURNED_PREFIXES)
+    }
 
 
 def served_by(call: Call, target: Target) -> Headers:
@@ -6026,7 +5999,7 @@ class _StreamSink:
         if self.done.done() or self._head is None:
             return
         if self._refused is not None:
-            self._set_error(self._what_was_refused(self._head, b"".join(self._refused)))
+            fail_future(self.done, self._what_was_refused(self._head, b"".join(self._refused)))
             return
         out = self._relay.finish()
         if self._open:
@@ -6069,19 +6042,13 @@ class _StreamSink:
         if call.as_array:
             headers["content-type"] = "application/json; charset=utf-8"
         reply.heartbeat = self._codec.heartbeat
-        reply.on_flow = self._on_flow
+        reply.on_flow = self._connection.follow
         self._open = True
         timeouts = self._target.timeouts
         self._connection.waiting = f"sent nothing for {timeouts.idle_s:g} s"
         self._connection.limit = NEVER
         self._connection.deadline = call.first_at + timeouts.idle_s
         reply.begin(200, headers, out)
-
-    def _on_flow(self, slow: bool) -> None:
-        if slow:
-            self._connection.pause()
-        else:
-            self._connection.resume()
 
     def _fail(self, error: UpstreamError) -> None:
         if self.done.done():
@@ -6091,7 +6058,7 @@ class _StreamSink:
             self._finish(error)
         else:
             self._connection.detach()
-            self._set_error(error)
+            fail_future(self.done, error)
 
     def _finish(self, error: UpstreamError | None) -> None:
         self._reply.on_flow = None
@@ -6100,11 +6067,6 @@ class _StreamSink:
         self._reply.end()
         self._connection.detach()
         self.done.set_result(None)
-
-    def _set_error(self, error: UpstreamError) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-            self.done.exception()  # seen here, for when nobody waits any more
 
     def _what_was_refused(self, head: ResponseHead, body: bytes) -> UpstreamError:
         if head.status != 200:
@@ -6140,7 +6102,7 @@ class _RawSink:
         if length and "content-encoding" not in head.headers:
             headers["content-length"] = length
         self._call.first_at = time.monotonic()
-        self._reply.on_flow = self._on_flow
+        self._reply.on_flow = self._connection.follow
         self._reply.begin(head.status, headers, b"")
 
     def on_body(self, data: bytes) -> None:
@@ -6156,7 +6118,7 @@ class _RawSink:
     def on_end(self) -> None:
         if self._head and self._refused is not None:
             body = b"".join(self._refused)
-            self._set_error(_refusal(self._call, self._target, self._head, body))
+            fail_future(self.done, _refusal(self._call, self._target, self._head, body))
         elif not self.done.done():
             self._reply.on_flow = None
             self._reply.end()
@@ -6169,18 +6131,7 @@ class _RawSink:
             self.done.set_result(None)
             self._reply.cut()
         else:
-            self._set_error(error)
-
-    def _on_flow(self, slow: bool) -> None:
-        if slow:
-            self._connection.pause()
-        else:
-            self._connection.resume()
-
-    def _set_error(self, error: UpstreamError) -> None:
-        if not self.done.done():
-            self.done.set_exception(error)
-            self.done.exception()  # seen here, for when nobody waits any more
+            fail_future(self.done, error)
 
 
 async def _echo(app: App, call: Call, reply: Reply) -> None:
@@ -6220,6 +6171,37 @@ async def _echo(app: App, call: Call, reply: Reply) -> None:
 _MAX_MODEL_CHARS = 512
 _TOO_LONG_A_WAIT_S = 60.0
 _SLOW_LOOP_S = 5.0
+
+
+async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
+    """Serve one request, whatever it asks for, and write its line in the log."""
+    started_at = time.monotonic()
+    request_id = _request_id(app, request)
+    reply.extra["x-bitrouter-request-id"] = request_id
+    call: Call | None = None
+    caller, error = "", None
+    try:
+        reply.extra |= _check_origin(app, request)
+        if _is_preflight(request, reply):
+            reply.send(204, b"", _PREFLIGHT)
+            return
+        asked, caller = _admit(app, request)
+        if asked.page:
+            await asked.page(app, request, reply)
+        elif asked.op:
+            call = _read_call(request, asked.op, asked.model, request_id, started_at)
+            route = app.router.resolve(call.model, call.op)
+            await attempt_chain(app, call, reply, route.chain)
+            error = call.broke
+    except BitrouterError as exc:
+        error = exc
+        refuse(app, request, reply, exc, call)
+    except asyncio.CancelledError:
+        error = CallerGone("the caller hung up")
+        raise
+    finally:
+        line = _line(request, reply, call, error)
+        app.writer.event("request", {"id": request_id, "caller": caller or None, **line})
 
 
 class Path(NamedTuple):
@@ -6304,7 +6286,7 @@ def refuse(
     codec = CODECS[_read_path(app, request).protocol]
     headers = {**JSON_HEADERS, **_retry_headers(error)}
     if isinstance(error, UpstreamError) and call and call.target:
-        headers |= _upstream_headers(call, call.target, error)
+        headers = returned_headers(error.headers) | served_by(call, call.target) | headers
         if error.body:
             # One provider, one answer: the caller gets its very bytes, in its very status.
             reply.send(error.status, error.body, headers)
@@ -6324,18 +6306,6 @@ def _refuse_unread(
     reply.extra["x-bitrouter-request-id"] = request_id
     refuse(app, request, reply, error)
     app.writer.event("request", {"id": request_id, "status": reply.status, "code": error.code})
-
-
-def _upstream_headers(call: Call, target: Target, error: UpstreamError) -> Headers:
-    native = {
-        name: value
-        for name, value in error.headers.items()
-        if name in _NATIVE or name.startswith(("x-ratelimit-", "anthropic-ratelimit-"))
-    }
-    return native | served_by(call, target)
-
-
-_NATIVE = ("request-id", "x-request-id", "anthropic-organization-id", "openai-version")
 
 
 def _retry_headers(error: BitrouterError) -> Headers:
@@ -6395,11 +6365,15 @@ def _usage_is_missing(call: Call) -> bool:
 
 
 def screen(app: App, request: HttpRequest) -> None:
-    """Whether a request may send its body: large ones should not come in vain."""
+    """Raise now what would refuse the request after its body had come in vain."""
     _check_origin(app, request)
+    _admit(app, request)
+
+
+def _admit(app: App, request: HttpRequest) -> tuple[_Asked, str]:
+    """What is asked for, and by whom. Raises NotFound, MethodNotAllowed or Unauthorized."""
     asked = _what_is_asked(_read_path(app, request), request.head.method)
-    if asked.page is not _get_health:
-        authenticate(app, request)
+    return asked, "" if asked.page is _get_health else authenticate(app, request)
 
 
 def _check_origin(app: App, request: HttpRequest) -> Headers:
@@ -6548,7 +6522,7 @@ async def _list_models(app: App, request: HttpRequest, reply: Reply) -> None:
     if wanted:
         found = next((one for one in listed if one.id == wanted), None)
         if found is None:
-            who = app.router.resolve(wanted, _LIST_OPS[path.protocol]).chain
+            who = app.router.resolve(wanted, GENERATE[path.protocol]).chain
             providers = tuple(dict.fromkeys(target.provider for target in who))
             found = Listed(wanted, providers, find_model(wanted))
         reply.send(200, compact(shape.one(found)), JSON_HEADERS)
@@ -6556,14 +6530,6 @@ async def _list_models(app: App, request: HttpRequest, reply: Reply) -> None:
     reply.send(
         200, compact(shape.all([shape.one(one) for one in listed], request.query)), JSON_HEADERS
     )
-
-
-_LIST_OPS = {
-    ApiProtocol.CHAT_COMPLETIONS: CHAT_OP,
-    ApiProtocol.RESPONSES: RESPONSES_OP,
-    ApiProtocol.MESSAGES: MESSAGES_OP,
-    ApiProtocol.GENERATE_CONTENT: GEMINI_VERBS["generateContent"],
-}
 
 
 class _ModelShape(NamedTuple):
@@ -6693,7 +6659,7 @@ _PAGES: dict[str, Handler] = {
 _GOOGLE_PATH = re.compile(r"/(?:models/)?([^/:].*):(\w+)")
 
 
-class Asked(NamedTuple):
+class _Asked(NamedTuple):
     """What a path and a method come to: an operation on a model, or a page."""
 
     op: Operation | None = None
@@ -6702,62 +6668,29 @@ class Asked(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _what_is_asked(path: Path, method: str) -> Asked:
+def _what_is_asked(path: Path, method: str) -> _Asked:
     """Raises NotFound or MethodNotAllowed."""
     below = path.below.rstrip("/")
     google = _GOOGLE_PATH.fullmatch(path.below)
     if google and google[2] in GEMINI_VERBS:
         _check_method(method, "POST")
-        return Asked(GEMINI_VERBS[google[2]], unquote(google[1]))
+        return _Asked(GEMINI_VERBS[google[2]], unquote(google[1]))
     if below in OPERATIONS:
         _check_method(method, "POST")
-        return Asked(OPERATIONS[below])
+        return _Asked(OPERATIONS[below])
     page = _PAGES.get("/models" if below.startswith("/models/") else below)
     if page is None or (google and method == "POST"):
         known = [*GENERATE_PATHS.values(), "/v1/models", "/health"]
         said = f"there is nothing at {printable(path.below)}; this server has {', '.join(known)}"
         raise NotFound(said)
     _check_method(method, "GET")
-    return Asked(page=page)
+    return _Asked(page=page)
 
 
 def _check_method(method: str, allowed: str) -> None:
     if method != allowed and not (method == "HEAD" and allowed == "GET"):
         words = "GET, HEAD" if allowed == "GET" else allowed
         raise MethodNotAllowed(f"this path takes {words}, not {method}", extra={"allow": words})
-
-
-async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
-    """Serve one request, whatever it asks for, and write its line in the log."""
-    started_at = time.monotonic()
-    request_id = _request_id(app, request)
-    reply.extra["x-bitrouter-request-id"] = request_id
-    path = _read_path(app, request)
-    call: Call | None = None
-    caller, error = "", None
-    try:
-        reply.extra |= _check_origin(app, request)
-        if _is_preflight(request, reply):
-            reply.send(204, b"", _PREFLIGHT)
-            return
-        asked = _what_is_asked(path, request.head.method)
-        caller = authenticate(app, request) if asked.page is not _get_health else ""
-        if asked.page:
-            await asked.page(app, request, reply)
-        elif asked.op:
-            call = _read_call(request, asked.op, asked.model, request_id, started_at)
-            route = app.router.resolve(call.model, call.op)
-            await attempt_chain(app, call, reply, route.chain)
-            error = call.broke
-    except BitrouterError as exc:
-        error = exc
-        refuse(app, request, reply, exc, call)
-    except asyncio.CancelledError:
-        error = CallerGone("the caller hung up")
-        raise
-    finally:
-        line = _line(request, reply, call, error)
-        app.writer.event("request", {"id": request_id, "caller": caller or None, **line})
 
 
 SERVICE = Service(screen, handle, _refuse_unread)
@@ -6771,6 +6704,45 @@ _DRAIN_S = 30.0
 _BACKLOG = 2048
 _DISCOVER_EVERY_S = 30.0
 _DISCOVER_WAIT_S = 1.0
+
+
+async def serve(
+    app: App, greet: Callable[[App, Listener], None], *, find_local: bool = True
+) -> None:
+    """Listen until SIGTERM or Ctrl-C, then drain. A second signal cuts everything at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    listener = Listener(app)
+    await listener.open()
+    stop_health = start_health_listener(app) if app.config.server.health_listen else None
+    app.writer.attach(loop)
+    _on_signals(loop, stop)
+    greet(app, listener)
+    raise_descriptor_limit()
+    _collect_less()
+    if find_local:
+        app.spawn(_discover_for_ever(app))
+    await stop.wait()
+    app.writer.event("draining", {"connections": listener.connections})
+    draining = app.spawn(listener.drain())
+    stop.clear()
+    again = loop.create_task(stop.wait())
+    await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if stop_health:
+        stop_health()
+    app.writer.event("stopped", {})
+    app.writer.attach(None)
+
+
+def _collect_less() -> None:
+    """What is loaded now stays: no garbage collection has to walk through it again."""
+    import gc
+
+    catalogue()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(5_000, 20, 100)
 
 
 class Listener:
@@ -6960,48 +6932,6 @@ def start_health_listener(app: App) -> Callable[[], None]:
         server.server_close()
 
     return stop
-
-
-# The whole life of a serving process.
-
-
-async def serve(
-    app: App, greet: Callable[[App, Listener], None], *, find_local: bool = True
-) -> None:
-    """Listen until SIGTERM or Ctrl-C, then drain. A second signal cuts everything at once."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    listener = Listener(app)
-    await listener.open()
-    stop_health = start_health_listener(app) if app.config.server.health_listen else None
-    app.writer.attach(loop)
-    _on_signals(loop, stop)
-    greet(app, listener)
-    raise_descriptor_limit()
-    _collect_less()
-    if find_local:
-        app.spawn(_discover_for_ever(app))
-    await stop.wait()
-    app.writer.event("draining", {"connections": listener.connections})
-    draining = app.spawn(listener.drain())
-    stop.clear()
-    again = loop.create_task(stop.wait())
-    await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
-    again.cancel()
-    if stop_health:
-        stop_health()
-    app.writer.event("stopped", {})
-    app.writer.attach(None)
-
-
-def _collect_less() -> None:
-    """What is loaded now stays: no garbage collection has to walk through it again."""
-    import gc
-
-    catalogue()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(5_000, 20, 100)
 
 
 def _on_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
@@ -7213,7 +7143,7 @@ def _route_rows(steps: list[JsonObject], left_out: Iterable[str]) -> list[tuple[
 
 def _route_for(router: Router, model: str, protocol: str) -> tuple[Route, Operation]:
     """Resolve for the protocol asked for, or for the one that most targets speak."""
-    ops = [CHAT_OP, RESPONSES_OP, MESSAGES_OP, GEMINI_VERBS["generateContent"]]
+    ops = list(GENERATE.values())
     if protocol:
         ops = [op for op in ops if op.protocol == PROTOCOL_NAMES[protocol]]
     routes = []
@@ -7319,13 +7249,11 @@ def _build_parser() -> argparse.ArgumentParser:
         epilog="example: OPENAI_API_KEY=sk-... bitrouter, then use http://127.0.0.1:4356/v1",
     )
     parser.add_argument("--version", action="version", version=f"bitrouter {__version__}")
-    parser.set_defaults(run=None)
     groups = {"": parser.add_subparsers(metavar="COMMAND")}
     for command in COMMANDS:
         group, _, name = command.name.rpartition(" ")
         if group not in groups:
             above = groups[""].add_parser(group, help=command.help)
-            above.set_defaults(run=None, usage=above)
             groups[group] = above.add_subparsers(metavar="COMMAND", required=True)
         sub = groups[group].add_parser(name, help=command.help, description=command.help)
         sub.set_defaults(run=command.run)
