@@ -1344,3 +1344,95 @@ async def test_a_stream_that_broke_has_its_reason_in_the_line(
         await w.ask(stream=True)
         [line] = w.gateway.lines()
         assert (line["status"], line["code"], line["error"]) == (200, code, reason)
+
+
+# Faults that were mended once.
+
+HIDDEN_KEYS = ["x-openai-api-key", "anthropic-api-key", "x-session-token", "x-gemini-api-key"]
+
+
+async def test_no_header_with_a_key_in_it_travels(world: Any) -> None:
+    given = {**dict.fromkeys(HIDDEN_KEYS, "theirs"), "idempotency-key": "i-1"}
+    async with world(OK) as w:
+        await w.caller.post(CHAT_PATH, ask(model="smart"), **given)
+        [seen] = w.a.seen
+        assert "theirs" not in str(seen)
+        assert seen.headers["idempotency-key"] == "i-1"
+
+
+@pytest.mark.parametrize("name", ["access_token", "api_key", "%6bey", "KEY", "token", "api-key"])
+async def test_no_query_with_a_key_in_it_travels(world: Any, name: str) -> None:
+    async with world(OK) as w:
+        await w.caller.post(f"{CHAT_PATH}?x=1&{name}=theirs&y=2", ask(model="smart"))
+        assert w.a.seen[0].path == f"{CHAT_PATH}?x=1&y=2"
+
+
+@pytest.mark.parametrize("given", ["models/m", "models/smart", "smart", "m"])
+async def test_an_embedding_names_its_model_as_google_does(world: Any, given: str) -> None:
+    raw = b'{"model": "%b",  "content": {"parts": []}}' % given.encode()
+    said = Reply(body={"embedding": {"values": []}})
+    async with world(said, protocol="generate_content") as w:
+        await w.caller.post("/v1beta/models/smart:embedContent", raw)
+        assert w.a.seen[0].body == raw.replace(b'"%b"' % given.encode(), b'"models/m"')
+
+
+async def test_an_option_that_is_refused_twice_at_once_harms_neither(world: Any) -> None:
+    refused = Reply(**{**vars(REFUSED_OPTION), "after_s": 0.03})
+    async with world([refused, refused, OK_STREAM]) as w, w.gateway.caller() as other:
+        raw = request_bytes("POST", CHAT_PATH, ask(model="smart", stream=True))
+        w.caller.send(raw)
+        other.send(raw)
+        await until(lambda: len(w.a.seen) == 2)
+        assert [(await one.answer()).status for one in (w.caller, other)] == [200, 200]
+
+
+FILTERED = b'data: {"error": {"message": "no", "code": "content_filter"}}\n\n'
+
+
+async def test_a_stream_that_a_filter_ends_is_not_held_against_a_target(world: Any) -> None:
+    broken = stream(*CHAT_STREAM[:2], FILTERED)
+    async with world(broken, OK_STREAM, toml=SPARED.replace("2", "1", 1)) as w:
+        await w.ask(stream=True)
+        await w.ask(stream=True)
+        assert w.asked == (2, 0)
+
+
+async def test_a_side_operation_does_not_end_a_probe(world: Any) -> None:
+    a, b = [no(500), Reply(hangs=True), no(400), OK], [OK, no(500), OK]
+    async with world(a, b, toml=BRIEFLY) as w:
+        await w.ask()
+        await asyncio.sleep(0.045)
+        async with w.gateway.caller() as probing:
+            probing.send(request_bytes("POST", CHAT_PATH, ask(model="smart")))
+            await until(lambda: len(w.a.seen) == 2)
+            await w.caller.post("/v1/embeddings", {"model": "smart", "input": "Hi"})
+            answer = await w.ask()
+        assert (answer.headers["x-bitrouter-provider"], w.asked) == ("b", (3, 3))
+
+
+async def test_a_form_with_two_models_is_refused(world: Any) -> None:
+    part = b'--xyz\r\nContent-Disposition: form-data; name="model"\r\n\r\n%b\r\n'
+    form = part % b"smart" + part % b"openai/m" + b"--xyz--\r\n"
+    async with world(OK) as w:
+        answer = await w.caller.post("/v1/images/edits", form, content_type=FORM_TYPE)
+        assert (answer.status, answer.json()["error"]["param"], w.a.seen) == (400, "model", [])
+
+
+async def test_what_only_looks_like_a_boundary_is_none(world: Any) -> None:
+    decoy = "multipart/form-data; xboundary=abc; boundary=xyz"
+    async with world(Reply(body={"text": "Hi"})) as w:
+        form = FORM.replace(b"MODEL", b"smart")
+        await w.caller.post("/v1/audio/transcriptions", form, content_type=decoy)
+        assert w.a.seen[0].body == FORM.replace(b"MODEL", b"m")
+
+
+async def test_who_hangs_up_on_a_stream_pays_for_what_was_used(world: Any) -> None:
+    reply = stream(*MESSAGES_STREAM[:3], ending="hang")
+    async with world(reply, protocol="messages") as w:
+        async with w.gateway.caller() as caller:
+            body = {**SPOKEN["messages"].body, "stream": True}
+            caller.send(request_bytes("POST", "/v1/messages", body))
+            await caller.head()
+            await caller.chunk()
+        [line] = await until(w.gateway.lines)
+        assert (line["status"], line["in"]) == (499, 11)

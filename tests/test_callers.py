@@ -730,3 +730,136 @@ async def test_a_stream_that_flows_needs_no_sign_of_life(
         gw.caller() as caller,
     ):
         assert b": keepalive" not in (await caller.post(CHAT, ask(stream=True))).body
+
+
+# Callers that read slowly, or not at all.
+
+
+@asynccontextmanager
+async def lazy_caller(gw: Any) -> AsyncIterator[socket.socket]:
+    """A caller that reads only when told to, over sockets that hold next to nothing."""
+    with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", gw.port))
+        await until(lambda: gw.listener.connections)
+        only_transport(gw).get_extra_info("socket").setsockopt(
+            socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
+        )
+        yield sock
+
+
+def only_transport(gw: Any) -> asyncio.Transport:
+    transport = only_connection(gw)._transport
+    assert transport
+    return transport
+
+
+async def read_to_end(sock: socket.socket) -> bytes:
+    got = b""
+    while piece := await asyncio.get_running_loop().sock_recv(sock, 2**20):
+        got += piece
+    return got
+
+
+async def test_requests_wait_while_their_caller_reads_no_answers(gateway: Any) -> None:
+    loop, last = asyncio.get_running_loop(), HEALTH[:-2] + b"connection: close\r\n\r\n"
+    async with gateway() as gw, lazy_caller(gw) as sock:
+        await loop.sock_sendall(sock, HEALTH * 999 + last)
+        await until(lambda: only_connection(gw).slow)
+        assert only_transport(gw).get_write_buffer_size() < 100_000
+        assert (await read_to_end(sock)).count(b"HTTP/1.1 200") == 1000
+
+
+async def test_a_stream_waits_while_its_caller_reads_no_answers(
+    gateway: Any, provider: Any, openai_env: Any
+) -> None:
+    async with (
+        provider(stream(*CHAT_STREAM)) as up,
+        gateway(environ=openai_env(up)) as gw,
+        lazy_caller(gw) as sock,
+    ):
+        first = request_bytes("POST", CHAT, echo("x" * 200_000))
+        then = request_bytes("POST", CHAT, ask(stream=True), connection="close")
+        await asyncio.get_running_loop().sock_sendall(sock, first + then)
+        await until(lambda: only_connection(gw).slow)
+        await asyncio.sleep(0.01)
+        assert up.seen == []
+        assert DONE in await read_to_end(sock)
+
+
+async def test_a_caller_that_reads_slowly_is_not_cut(gateway: Any) -> None:
+    loop, text = asyncio.get_running_loop(), "x" * 300_000
+    async with gateway() as gw, lazy_caller(gw) as sock:
+        raw = request_bytes("POST", CHAT, echo(text), connection="close")
+        await loop.sock_sendall(sock, raw)
+        await until(lambda: only_connection(gw).slow)
+        before, got = only_transport(gw).get_write_buffer_size(), b""
+        while only_transport(gw).get_write_buffer_size() == before:
+            got += await loop.sock_recv(sock, 2000)
+        only_connection(gw).deadline = 0.0  # as if it had passed
+        await until(lambda: only_connection(gw).deadline)
+        assert text.encode() in got + await read_to_end(sock)
+
+
+async def test_a_closing_connection_that_nobody_reads_is_dropped_in_the_end(gateway: Any) -> None:
+    async with gateway() as gw, lazy_caller(gw) as sock:
+        raw = request_bytes("POST", CHAT, echo("x" * 50_000), connection="close")
+        await asyncio.get_running_loop().sock_sendall(sock, raw)
+        await until(lambda: only_transport(gw).is_closing())
+        assert not only_connection(gw).slow  # what is left is too little for that
+        only_connection(gw).deadline = 0.0  # as if it had passed
+        await until(lambda: gw.listener.connections == 0)
+
+
+# Requests that go too far.
+
+
+async def test_nothing_is_done_after_the_last_request(gateway: Any) -> None:
+    async with gateway() as gw, gw.caller() as caller:
+        caller.send(request_bytes("GET", "/health", None, connection="close") + HEALTH)
+        assert (await caller.answer()).headers["connection"] == "close"
+        assert await caller.closed()
+        assert len(gw.lines()) == 1
+
+
+async def test_a_chunked_body_is_asked_for_when_the_caller_waits_to_be_asked(gateway: Any) -> None:
+    async with gateway() as gw, gw.caller() as caller:
+        caller.send(HEAD + b"transfer-encoding: chunked\r\nexpect: 100-continue\r\n\r\n")
+        assert (await caller.head())[0] == 100
+        caller.send(chunked(BODY))
+        assert said(await caller.answer()) == "Grüße"
+
+
+EXCESSIVE_PACKS = {
+    "empty members": (gzip.compress(b"") * 2000 + gzip.compress(BODY), (400, 413)),
+    "garbage": (gzip.compress(BODY) + b"garbage", (400,)),
+    "two members": (gzip.compress(BODY[:9]) + gzip.compress(BODY[9:]), (200,)),
+}
+
+
+@pytest.mark.parametrize(("body", "statuses"), EXCESSIVE_PACKS.values(), ids=EXCESSIVE_PACKS)
+async def test_a_packed_body_has_some_members_and_an_end(
+    gateway: Any, body: bytes, statuses: tuple[int, ...]
+) -> None:
+    async with gateway() as gw, gw.caller() as caller:
+        assert (await caller.post(CHAT, body, content_encoding="gzip")).status in statuses
+
+
+async def test_http_1_0_is_told_that_its_connection_is_kept(gateway: Any) -> None:
+    raw = OLD + b"connection: keep-alive\r\n\r\n" + BODY
+    async with gateway() as gw, old_caller(gw, raw) as caller:
+        assert (await caller.answer()).headers["connection"] == "keep-alive"
+
+
+async def test_a_request_may_come_after_any_number_of_empty_lines(gateway: Any) -> None:
+    async with gateway() as gw, gw.caller() as caller:
+        caller.send(b"\r\n" * 32_768 + HEALTH)
+        assert (await caller.answer()).status == 200
+
+
+async def test_echo_is_not_asked_to_call_a_tool_ten_thousand_times(gateway: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    text = "call f {" * 10_000
+    async with gateway() as gw, gw.caller() as caller:
+        assert said(await caller.post(CHAT, ask(text, "echo/echo", tools=tools))) == text

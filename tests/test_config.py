@@ -669,3 +669,9 @@ def test_no_protocol_at_all_is_the_providers_own(empty: str) -> None:
 )  # fmt: skip
 def test_only_this_machines_own_addresses_are_loopback(listen: str, loopback: bool) -> None:
     assert bitrouter.is_loopback(listen) == loopback
+
+
+@pytest.mark.parametrize("name", ["Host", "content-length", "Transfer-Encoding", "CONNECTION"])
+def test_a_header_that_frames_a_request_is_not_the_configuration_s_to_set(name: str) -> None:
+    [problem] = problems(f'[providers.openai]\napi_key = "k"\nextra_headers = {{"{name}" = "1"}}')
+    assert problem.startswith(f"bitrouter.toml:3: providers.openai.extra_headers.{name}: ")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import sys
+import threading
+from dataclasses import replace
 
 import pytest
 
@@ -276,3 +279,35 @@ def test_no_history_loses_a_target_or_makes_one_wait_for_ever(seed: int) -> None
             rng.choice([health.succeeded, health.abandoned])(target)
         assert sorted(names(health.order(chain, now))) == sorted(names(chain))
     assert not any(health.cooling_s(target, now + 100) for target in chain)
+
+
+def test_another_thread_may_ask_who_cools_down() -> None:
+    health, (first, _) = Health(RULES), chain_of()
+    targets = [replace(first, model=str(i)) for i in range(300)]
+    done = threading.Event()
+
+    def change() -> None:
+        while not done.is_set():
+            for target in targets:
+                health.failed(target, UpstreamKeyRefused("no"), 0.0)
+            for target in targets:
+                health.succeeded(target)
+
+    changing = threading.Thread(target=change)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    changing.start()
+    try:
+        counts = [len(health.cooling(1.0)) for _ in range(300)]
+    finally:
+        done.set()
+        changing.join()
+        sys.setswitchinterval(before)
+    assert max(counts) <= len(targets)
+
+
+def test_only_the_probe_is_called_one() -> None:
+    health, (first, _) = Health(RULES), chain_of()
+    assert not health.begin(first, 0, 5)
+    fail(health, first, 1, 2, 3)
+    assert [health.begin(first, now, 5) for now in (4, 33, 34)] == [False, True, False]

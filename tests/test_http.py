@@ -495,3 +495,30 @@ def test_a_broken_packed_body_is_refused(coding: str, packed: bytes) -> None:
 def test_an_unknown_coding_is_refused_in_our_own_words(coding: str) -> None:
     with pytest.raises(UpstreamGarbled, match="is not known: use gzip"):
         Inflater(coding, 1000, UpstreamGarbled)
+
+
+def test_a_gzip_file_of_several_members_is_read_whole() -> None:
+    packed = gzip.compress(TEXT) + gzip.compress(b"") + gzip.compress(b"more")
+    for pieces in cuts(packed):
+        assert inflate("gzip", pieces) == TEXT + b"more"
+
+
+AFTER_THE_END = {
+    "garbage": ("gzip", gzip.compress(TEXT) + b"garbage"),
+    "half a member": ("gzip", gzip.compress(TEXT) + gzip.compress(TEXT)[:12]),
+    "deflate": ("deflate", zlib.compress(TEXT) + b"x"),
+    "raw deflate": ("deflate", raw_deflate(TEXT) + b"x"),
+}
+
+
+@pytest.mark.parametrize(("coding", "packed"), AFTER_THE_END.values(), ids=AFTER_THE_END)
+def test_what_comes_after_the_end_of_a_packed_body_is_refused(coding: str, packed: bytes) -> None:
+    for pieces in cuts(packed):
+        with pytest.raises(BadRequest):
+            inflate(coding, pieces)
+
+
+@pytest.mark.parametrize("size", [1000, 10**6])
+def test_a_gzip_file_of_nothing_but_empty_members_is_refused(size: int) -> None:
+    with pytest.raises(BadRequest):
+        inflate("gzip", slices(gzip.compress(b"") * 2000, size))

@@ -870,3 +870,49 @@ async def test_echo_refuses_an_empty_conversation(front: Any) -> None:
     async with front(keys=()) as f:
         answer = await f.caller.post(MESSAGES, {"model": "echo/echo", "messages": []})
         assert (answer.status, told(answer)) == (400, ("anthropic", "invalid_request"))
+
+
+# Numbers, depths and names that go too far.
+
+ENDLESS = {
+    "limit": ("/v1/models?limit=", {"anthropic-version": "2023-06-01"}),
+    "pageSize": ("/v1beta/models?pageSize=", {}),
+    "pageToken": ("/v1beta/models?pageToken=", {}),
+}
+
+
+@pytest.mark.parametrize(("path", "headers"), ENDLESS.values(), ids=ENDLESS)
+async def test_an_endless_number_is_none(front: Any, path: str, headers: dict[str, str]) -> None:
+    async with front() as f:
+        answer = await f.caller.get(path + "9" * 5000, **headers)
+        assert answer.status == 200
+
+
+async def test_json_is_read_or_refused_at_any_depth(front: Any) -> None:
+    async def status(depth: int) -> int:
+        nested = b"[" * depth + b"]" * depth
+        raw = b'{"x": %b, "model": "openai/m", "messages": [], "y": 1, "x": {}}' % nested
+        return int((await f.caller.post(CHAT, raw)).status)
+
+    async with front() as f:
+        passes, fails = 1, 100_000
+        while fails - passes > 1:
+            depth = (passes + fails) // 2
+            found = await status(depth)
+            assert found in (200, 400), depth
+            passes, fails = (depth, fails) if found == 200 else (passes, depth)
+        assert {await status(passes - i) for i in range(20)} <= {200, 400}
+
+
+@pytest.mark.parametrize("model", ["..", ".", "openai/../m", "openai/./m", "../openai/m", "a/.."])
+async def test_a_model_id_leads_nowhere_else(front: Any, model: str) -> None:
+    async with front() as f:
+        answer = await f.caller.post(CHAT, ask(model=model))
+        assert (answer.status, answer.json()["error"]["param"], f.up.seen) == (400, "model", [])
+
+
+@pytest.mark.parametrize("model", ["google/../m", "google%2F..%2Fm", "google/%2e%2e/m", ".."])
+async def test_a_google_path_leads_nowhere_else(front: Any, model: str) -> None:
+    async with front() as f:
+        answer = await f.caller.post(f"/v1beta/models/{model}:generateContent", {"contents": []})
+        assert (answer.status, f.up.seen) == (400, [])

@@ -480,3 +480,29 @@ def test_a_remembered_refusal_does_not_gather_tracebacks() -> None:
             ours.resolve("no-such-model", CHAT_OP)
         depths.append(len(found.traceback))
     assert depths[1] == depths[2]
+
+
+# Servers that were found on this machine, and that nobody named.
+
+LISTS = ["openai/gpt-4o-mini", "gpt-4o-mini", "us/own"]
+
+
+def with_found(*idents: str) -> Router:
+    """A router for which a local server was found that lists all of LISTS."""
+    configured = active_providers(parse_config("", {}).config, keys(*idents))[0]
+    facts = PROVIDERS["vllm"]
+    account = bitrouter.Account("", bitrouter.Secret(""), dict(facts.bases))
+    models = tuple(bitrouter.DeclaredModel(ident) for ident in LISTS)
+    found = bitrouter.ActiveProvider(facts, (account,), "found", models=models, found=True)
+    return Router(parse_config("", {}).config, {"vllm": found, **configured})
+
+
+@pytest.mark.parametrize("model", ["openai/gpt-4o-mini", "gpt-4o-mini"])
+def test_a_server_that_was_found_comes_after_the_lab_s_own(model: str) -> None:
+    route = with_found("openai").resolve(model, CHAT_OP)
+    assert chain(route) == ["openai gpt-4o-mini", f"vllm {model}"]
+
+
+@pytest.mark.parametrize("model", LISTS)
+def test_a_server_that_was_found_serves_what_nobody_else_does(model: str) -> None:
+    assert chain(with_found("anthropic").resolve(model, CHAT_OP)) == [f"vllm {model}"]

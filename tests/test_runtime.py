@@ -357,3 +357,23 @@ def test_keys_are_asked_for_where_others_could_come(listen: str, auth: str, requ
     config = bitrouter.Config()
     config.server.listen, config.server.auth = listen, auth
     assert auth_required(config) is required
+
+
+async def test_a_wake_up_on_its_way_does_not_wake_what_was_cancelled() -> None:
+    loop, seen, faults = asyncio.get_running_loop(), list[str](), list[Any]()
+    loop.set_exception_handler(lambda _, fault: faults.append(fault))
+    first, second = loop.create_future(), loop.create_future()
+
+    async def work() -> None:
+        try:
+            await first
+        finally:
+            seen.append(await second)
+
+    errand = begin(work())
+    first.set_result("x")  # the wake-up is on its way
+    errand.cancel()
+    await turns()
+    second.set_result("unwound")
+    await turns()
+    assert (errand.done, seen, faults) == (True, ["unwound"], [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gzip
 import http.client
 import io
 import json
@@ -12,7 +13,7 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])
+
+
+async def everything(sock: socket.socket) -> AsyncIterator[bytes]:
+    """What comes until the other side closes."""
+    while piece := await asyncio.get_running_loop().sock_recv(sock, 2**20):
+        yield piece
 
 
 async def get(gw: Any, path: str, **headers: str) -> Answer:
@@ -610,3 +617,53 @@ def quiet_log() -> Any:
     before = log.handlers, log.propagate
     yield
     log.handlers, log.propagate = before
+
+
+# Doors that were open once.
+
+
+async def test_an_old_caller_with_a_foreign_host_is_refused(gateway: Any) -> None:
+    async with gateway() as gw, gw.caller() as caller:
+        caller.send(b"GET /health HTTP/1.0\r\nhost: evil.com\r\n\r\n")
+        assert (await caller.answer()).status == 403
+
+
+async def test_allowed_hosts_ignore_case(gateway: Any) -> None:
+    async with gateway('[server]\nallowed_hosts = ["BR.Lan"]\n') as gw:
+        assert (await get(gw, "/health", host="br.lan")).status == 200
+
+
+CHUNKED = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+    b"transfer-encoding: chunked\r\n"
+)
+
+
+@pytest.mark.parametrize("expect", [b"", b"expect: 100-continue\r\n"], ids=["", "expect"])
+async def test_a_chunked_request_without_a_key_is_refused_before_its_body(
+    gateway: Any, expect: bytes
+) -> None:
+    async with gateway(REQUIRED, KEYS) as gw, gw.caller() as caller:
+        caller.send(CHUNKED + expect + b"\r\n")
+        assert (await caller.head())[0] == 401
+
+
+async def test_a_packed_body_is_not_unpacked_for_who_has_no_key(gateway: Any) -> None:
+    bomb = gzip.compress(bytes(2_000_000))
+    async with gateway(REQUIRED + "max_body_mb = 1\n", KEYS) as gw, gw.caller() as caller:
+        assert (await caller.post(CHAT, bomb, content_encoding="gzip")).status == 401
+
+
+async def test_a_large_answer_is_read_to_its_end_while_we_drain(gateway: Any) -> None:
+    loop, text = asyncio.get_running_loop(), "x" * 9_000_000  # more than a socket holds
+    async with gateway() as gw:
+        with socket.create_connection(("127.0.0.1", gw.port)) as sock:
+            sock.setblocking(False)
+            await loop.sock_sendall(sock, request_bytes("POST", CHAT, ask(text, "echo/echo")))
+            await until(lambda: [one for one in gw.listener._opened if one.slow])
+            drain = loop.create_task(gw.listener.drain(5.0))
+            await asyncio.sleep(0.01)
+            assert not drain.done()
+            got = b"".join([piece async for piece in everything(sock)])
+            await drain
+        assert text.encode() in got

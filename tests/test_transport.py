@@ -1046,3 +1046,124 @@ async def test_a_stream_comes_through_proxy_and_tls(gateway: Any) -> None:
             answer = await caller.post("/v1/chat/completions", ask(stream=True))
             assert answer.body == b"".join(CHAT_STREAM[:4]) + CHAT_STREAM[5]
         await fake.hang_up()
+
+
+# Connections with one owner at a time.
+
+
+async def test_a_caller_that_goes_as_its_answer_comes_takes_nobody_s_connection_along(
+    gateway: Any,
+) -> None:
+    loop, request = asyncio.get_running_loop(), request_bytes("POST", "/v1/chat/completions", ask())
+    with socket.create_server((HERE, 0)) as listening:
+        listening.setblocking(False)
+        async with gateway(NO_RETRY, environ=at(listening.getsockname()[1])) as gw:
+            going, staying = (socket.create_connection((HERE, gw.port)) for _ in range(2))
+            await until(lambda: gw.listener.connections == 2)
+            going.sendall(request)
+            with (await loop.sock_accept(listening))[0] as lab, staying:
+                lab.setblocking(False)
+                staying.setblocking(False)
+                await loop.sock_recv(lab, 65536)
+                going.close()  # all of this is seen in one turn of the loop, in this order
+                lab.send(CHAT_OK)
+                staying.send(request)
+                assert await loop.sock_recv(lab, 65536)
+                lab.send(CHAT_OK)
+                assert (await loop.sock_recv(staying, 65536)).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_connection_that_died_before_its_first_request_fails_it_at_once() -> None:
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async with await asyncio.start_server(serve, HERE, 0) as server, pool_of() as pool:
+        origin = Origin(HERE, server.sockets[0].getsockname()[1], False)
+        connection = await lend(pool, origin)
+        await until(lambda: not connection.usable)
+        sink, _ = send(connection)
+        with pytest.raises(bitrouter.UpstreamUnreachable, match="before answering"):
+            sink.done.result()
+
+
+@dataclass(eq=False)
+class Faulty:
+    deadline: float = 0.0
+    tried: bool = False
+
+    def expire(self, now: float) -> None:
+        self.tried, self.deadline = True, now + 60
+        raise ZeroDivisionError
+
+
+async def test_a_failure_at_one_deadline_leaves_the_others_theirs() -> None:
+    async with sweeping() as sweeper:
+        faulty, due = Faulty(), Thing(sweeper, 0.0)
+        sweeper.watch(faulty)
+        await until(lambda: faulty.tried)
+        sweeper.watch(due)
+        await due.expired.wait()
+
+
+async def test_a_connection_with_half_a_request_unsent_is_not_reused() -> None:
+    over = asyncio.Event()
+
+    async def refuse_early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(OK.replace(b"200 OK", b"413 x"))
+        await over.wait()
+        writer.transport.abort()
+
+    async with await asyncio.start_server(refuse_early, HERE, 0) as server, pool_of() as pool:
+        connection = await lend(pool, Origin(HERE, server.sockets[0].getsockname()[1], False))
+        sink = Collector(asyncio.get_running_loop().create_future(), lambda *_: None)
+        connection.start(REQUEST.replace(b": 0", b": 20000000") + bytes(20_000_000), sink)
+        await sink.done
+        again = await lend(pool, connection.origin)
+        assert again is not connection
+        again.abort()
+        over.set()
+        await asyncio.sleep(0.01)
+
+
+async def test_a_connection_that_closes_without_a_byte_is_dialled_again(gateway: Any) -> None:
+    async with wire([b""], CHAT_OK) as server, gateway(environ=at(server.port)) as gw:
+        async with gw.caller() as caller:
+            assert (await caller.post("/v1/chat/completions", ask())).status == 200
+        assert [line["then"] for line in gw.lines("attempt_failed")] == ["retry"]
+
+
+async def test_an_answer_that_breaks_in_the_middle_is_not_asked_for_again(gateway: Any) -> None:
+    async with wire([CHAT_OK[:-9], b""], CHAT_OK) as server, gateway(environ=at(server.port)) as gw:
+        async with gw.caller() as caller:
+            assert (await caller.post("/v1/chat/completions", ask())).status == 503
+        assert server.received.count(b"POST") == 1
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+async def test_a_host_name_that_no_resolver_takes_is_unreachable(gateway: Any, path: str) -> None:
+    base = f"https://{'x' * 70}.test/v1"
+    environ = {
+        f"{lab}_{what}": text
+        for lab in ("OPENAI", "ANTHROPIC")
+        for what, text in (("API_KEY", "k"), ("BASE_URL", base))
+    }
+    model = "anthropic/m" if "messages" in path else "openai/m"
+    async with gateway(NO_RETRY, environ=environ) as gw, gw.caller() as caller:
+        answer = await caller.post(path, ask(model=model))
+        said = answer.json()
+        assert (answer.status, said.get("type")) == (503, "error" if "anthropic" in model else None)
+        assert "its host name is not known" in said["error"]["message"]
+
+
+async def test_over_tls_an_answer_without_a_last_word_is_not_complete() -> None:
+    async def cut(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\nhalf of")
+        await writer.drain()
+        writer.transport.abort()  # without close_notify: as anyone on the way might do it
+
+    server = await asyncio.start_server(cut, HERE, 0, ssl=tls_server())
+    async with server, pool_of(CA) as pool:
+        with pytest.raises(bitrouter.UpstreamUnreachable, match="in the middle"):
+            await fetch(pool, Origin(HERE, server.sockets[0].getsockname()[1], True))
