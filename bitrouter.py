@@ -5906,11 +5906,15 @@ def _usage_at_end(body: bytes) -> JsonObject:
 
 
 def _refusal(call: Call, target: Target, head: ResponseHead, body: bytes) -> UpstreamError:
-    # Latin-1 takes any bytes there and back, and a key is ASCII.
-    body = target.secret.redact(body.decode("latin-1")).encode("latin-1")
+    body = _without_key(target, body)
     wall_s = time.time_ns() / 1e9
     protocol = call.op.protocol
     return upstream_error(target.name, head.status, head.headers, body, protocol, wall_s)
+
+
+def _without_key(target: Target, body: bytes) -> bytes:
+    # Latin-1 takes any bytes there and back, and a key is ASCII.
+    return target.secret.redact(body.decode("latin-1")).encode("latin-1")
 
 
 def _answer_headers(call: Call, target: Target, head: ResponseHead) -> Headers:
@@ -5975,13 +5979,17 @@ class _StreamSink:
             if self._refused_bytes <= _MAX_ERROR_BYTES:
                 self._refused.append(data)
             return
-        out = self._relay.feed(data)
+        self._pass_on(self._relay.feed(data))
+        if self._relay.over:
+            self._end_early()
+
+    def _pass_on(self, out: bytes) -> None:
+        if self._relay.state.error:  # the provider's own words, and it may have put our key in them
+            out = _without_key(self._target, out)
         if self._open:
             self._reply.write(out)
         elif self._relay.open:
             self._begin(out)
-        if self._relay.over:
-            self._end_early()
 
     def _end_early(self) -> None:
         """The provider has said its last word, or one that is not the protocol's."""
@@ -6001,11 +6009,7 @@ class _StreamSink:
         if self._refused is not None:
             fail_future(self.done, self._what_was_refused(self._head, b"".join(self._refused)))
             return
-        out = self._relay.finish()
-        if self._open:
-            self._reply.write(out)
-        elif self._relay.open:
-            self._begin(out)
+        self._pass_on(self._relay.finish())
         if self._relay.over:
             self._end_early()
         elif not self._open:

@@ -421,6 +421,14 @@ async def test_a_key_in_a_stream_s_own_error_stays_here(world: Any) -> None:
         assert KEY not in f"{answer.body!r}{w.gateway.written.getvalue()}"
 
 
+async def test_a_key_in_an_error_in_mid_stream_stays_here(world: Any) -> None:
+    event = b'data: {"error":{"message":"cannot serve %b"}}\n\n' % KEY.encode()
+    async with world(stream(*CHAT_STREAM[:2], event)) as w:
+        answer = await w.ask(stream=True)
+        assert KEY not in f"{answer.body!r}{w.gateway.written.getvalue()}"
+        assert answer.events()[-1]["error"]["message"] == "cannot serve [redacted]"
+
+
 @pytest.mark.parametrize("status", [401, 403])
 async def test_our_key_refused_is_no_fault_of_the_caller(world: Any, status: int) -> None:
     async with world(no(status)) as w:
