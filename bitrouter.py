@@ -15,30 +15,40 @@ A request's journey, with the section that does each step:
 
 Contents
 
-     1. errors     what can go wrong, and what the caller is told
-     2. basics     secrets, JSON we did not write and must not rewrite, words for people
-     3. http       HTTP/1.1 heads and bodies
-     4. sse        Server-Sent Events: whole events out of any bytes
-     5. ir         what all protocols have in common: Usage, StreamPart, Codec
-     6. chat       OpenAI Chat Completions
-     7. responses  OpenAI Responses
-     8. messages   Anthropic Messages
-     9. gemini     Google generateContent
-    10. codecs     the table of protocols, and the operations that each one has
-    11. relay      a provider's stream on its way to the caller
-    12. registry   the providers and models we know, and what they cost
-    13. config     bitrouter.toml and the environment -> Config
-    14. routing    model id -> chain of targets
-    15. health     which targets are failing, and until when to spare them
-    16. echo       the built-in model
-    17. logs       one line per event, for people or for machines
-    18. transport  the HTTP client: pool, TLS, proxies, deadlines
-    19. runtime    App: everything a request needs
-    20. callers    connections from callers
-    21. attempts   one upstream call, and the loop of retries and fallbacks around it
-    22. pipeline   one request's life; the handlers
-    23. server     listening, finding local servers, draining
-    24. cli        the command line
+     1. errors      what can go wrong, and what the caller is told
+     2. basics      secrets, JSON we did not write and must not rewrite, words for people
+     3. http        HTTP/1.1 heads and bodies
+     4. sse         Server-Sent Events: whole events out of any bytes
+     5. ir          the neutral form of requests and answers, and what a Codec is
+     6. rosetta     what the protocols call the same thing, and what their codecs share
+     7. schema      the dialects of JSON Schema that providers take
+     8. chat        OpenAI Chat Completions
+     9. responses   OpenAI Responses
+    10. messages    Anthropic Messages
+    11. gemini      Google generateContent
+    12. codecs      the table of protocols, and the operations that each one has
+    13. embeddings  OpenAI's and Google's ways to ask for vectors
+    14. adapt       a prompt as its target can take it, and what to undo in the answer
+    15. relay       a provider's stream on its way to the caller
+    16. translate   an answer from one protocol to another
+    17. registry    the providers and models we know, and what they cost
+    18. quirks      what single models take and refuse
+    19. config      bitrouter.toml and the environment -> Config
+    20. routing     model id to chain of targets
+    21. health      which targets are failing, and until when to spare them
+    22. echo        the built-in model
+    23. logs        one line per event, for people or for machines
+    24. transport   the HTTP client: pool, TLS, proxies, deadlines
+    25. memory      what is kept of conversations, for a while
+    26. fetch       media at a URL, for targets that want the bytes
+    27. runtime     App: everything a request needs
+    28. callers     connections from callers
+    29. exchange    one request to one target, and its answer on its way to the caller
+    30. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
+    31. attempts    the loop of retries and fallbacks
+    32. pipeline    one request's life; the handlers
+    33. server      listening, finding local servers, draining
+    34. cli         the command line
 
 A section uses its own names and those of the sections before it, never those after it, and a
 name that starts with an underscore is private to its section. Sections marked (pure) do no
@@ -52,6 +62,7 @@ provider's id, `now` the monotonic clock in seconds.
 from __future__ import annotations
 
 import asyncio
+import base64
 import enum
 import errno
 import functools
@@ -67,14 +78,16 @@ import socket
 import sys
 import time
 import zlib
+from array import array
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 if TYPE_CHECKING:
     import argparse
+    import http.client
     import ssl
 
 __version__ = "0.1.0"
@@ -301,7 +314,7 @@ _COLON = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
 _DECODER = json.JSONDecoder()
 _COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _ASCII = json.JSONEncoder(separators=(",", ":")).encode
-_JSON_TYPES = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
+JSON_TYPES = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
 
 
 class Secret:
@@ -404,6 +417,14 @@ class Document:
         pieces += [source[at:] if ascii_only else self._text[at:].encode()]
         return b"".join(pieces)
 
+    @property
+    def raw(self) -> bytes:
+        """The document as it came."""
+        return self._raw
+
+    def mentions(self, words: Iterable[str]) -> bool:
+        return any(word in self._text for word in words)
+
     def forget_edits(self) -> None:
         self._edits.clear()
         self._added.clear()
@@ -482,7 +503,7 @@ def maybe(obj: JsonObject, key: str, kind: type[T]) -> T | None:
         return None
     if not isinstance(value, kind):
         found = show_json(value)
-        raise BadRequest(f"{key}: expected {_JSON_TYPES[kind]}, got {found}", param=key)
+        raise BadRequest(f"{key}: expected {JSON_TYPES[kind]}, got {found}", param=key)
     return value
 
 
@@ -984,11 +1005,15 @@ def sse_encode(data: bytes, event: str = "") -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------
-# 5. ir: what all protocols have in common: Usage, StreamPart, Codec (pure)
+# 5. ir: the neutral form of requests and answers, and what a Codec is (pure)
 # ---------------------------------------------------------------------------------------------
 # A request that goes to a provider of its own protocol keeps its bytes; of its answer we only
-# read what we must: has it begun, is it finished, did it fail, what did it use. What the
-# built-in model says is made of StreamParts, which a codec turns into any protocol.
+# read what we must: has it begun, is it finished, did it fail, what did it use.
+#
+# Any other request becomes a Prompt, and its answer a sequence of StreamParts: blocks that open,
+# grow and close, each with a key of its own, and at the end why the model stopped. A whole
+# answer is the same sequence with larger pieces. Nothing here belongs to one protocol; what a
+# protocol alone can say travels as Native, and only to its own kind.
 
 
 class ApiProtocol(enum.StrEnum):
@@ -1014,52 +1039,373 @@ class Finish(enum.StrEnum):
     """Why the model stopped."""
 
     STOP = enum.auto()
+    STOP_SEQUENCE = enum.auto()
     TOOL_CALLS = enum.auto()
+    LENGTH = enum.auto()
+    CONTEXT_WINDOW = enum.auto()
+    CONTENT_FILTER = enum.auto()
+    REFUSAL = enum.auto()
+    PAUSE = enum.auto()
+    MALFORMED = enum.auto()
 
 
-class Prompt(NamedTuple):
-    """A request to a model, in no protocol in particular, as far as the built-in model reads it.
+# What messages and answers are made of.
+
+
+class Opaque(NamedTuple):
+    """State that a provider wants back and nobody else may see or change.
 
     Attributes:
-        text: what the user said last.
-        tools: names of the tools on offer.
-        schema: the JSON schema that the answer must follow, if one was given.
-        size: characters of the whole conversation, to count tokens by.
+        vendor: who minted it: anthropic, openai, google, or the lab of the model.
+        kind: what it is there: signature, redacted, encrypted, thought.
+        data: exactly as it came.
+        id: the item it belongs to, where the vendor names items.
     """
 
-    model: str
-    text: str
-    tools: tuple[str, ...] = ()
-    schema: JsonObject | None = None
-    size: int = 0
-    stream: bool = False
-    wants_usage: bool = True
+    vendor: str
+    kind: str
+    data: str
+    model: str = ""
+    id: str = ""
 
 
-class TextDelta(NamedTuple):
-    text: str
+class Citation(NamedTuple):
+    """A source of a text; start and end are characters of that text."""
+
+    url: str
+    title: str = ""
+    start: int = 0
+    end: int = 0
+
+
+class Text(NamedTuple):
+    """cache: the time to live of a cache mark that stands on it, such as "5m"; "" for none."""
+
+    text: str = ""
+    citations: tuple[Citation, ...] = ()
+    cache: str = ""
+    logprobs: tuple[JsonObject, ...] = ()
+
+
+class Refusal(NamedTuple):
+    text: str = ""
+
+
+class Reasoning(NamedTuple):
+    text: str = ""
+    opaque: Opaque | None = None
+
+
+class Media(NamedTuple):
+    """An image, a document, a recording or a film.
+
+    Attributes:
+        kind: image, document, audio, video.
+        mime: "" if it is not known.
+        data: standard base64, padded; "" if it is at `url` or known to its vendor as `file_id`.
+        vendor: whose file_id it is.
+    """
+
+    kind: str
+    mime: str = ""
+    data: str = ""
+    url: str = ""
+    file_id: str = ""
+    vendor: str = ""
+    name: str = ""
+    detail: str = ""
+    cache: str = ""
 
 
 class ToolCall(NamedTuple):
-    """A whole call: its arguments are JSON text."""
+    """A call: its arguments are JSON text as it came, or any text if the tool is a custom one."""
 
     id: str
     name: str
-    arguments: str
+    arguments: str = ""
+    custom: bool = False
+    opaque: Opaque | None = None
+    namespace: str = ""
+    cache: str = ""
+
+
+class Native(NamedTuple):
+    """Something that only its own protocol can say."""
+
+    protocol: ApiProtocol
+    value: JsonObject
+
+
+class ToolResult(NamedTuple):
+    call_id: str
+    content: tuple[Text | Media, ...] = ()
+    is_error: bool = False
+    name: str = ""
+    custom: bool = False
+    cache: str = ""
+
+
+Content: TypeAlias = Text | Refusal | Reasoning | Media | ToolCall | ToolResult | Native
+Block: TypeAlias = Text | Refusal | Reasoning | Media | ToolCall
+
+
+class Message(NamedTuple):
+    """role: system, developer, user or assistant; tool results are the user's."""
+
+    role: str
+    content: tuple[Content, ...]
+    name: str = ""
+
+
+# What a request asks for besides.
+
+
+class Tool(NamedTuple):
+    """A tool on offer.
+
+    Attributes:
+        kind: function, custom (its input is free text), or hosted (the provider runs it).
+        format: the grammar of a custom tool's input, as OpenAI spells it.
+        native: a hosted tool as its protocol spells it.
+    """
+
+    name: str
+    description: str = ""
+    schema: JsonObject | None = None
+    strict: bool | None = None
+    kind: str = "function"
+    format: JsonObject | None = None
+    native: Native | None = None
+    cache: str = ""
+    namespace: str = ""
+
+
+class ToolChoice(NamedTuple):
+    """mode: auto, none, required, named (names[0]), or allowed (one of names, if `must`)."""
+
+    mode: str
+    names: tuple[str, ...] = ()
+    must: bool = False
+
+
+class OutputFormat(NamedTuple):
+    """kind: json_object, or json_schema with its schema."""
+
+    kind: str
+    name: str = "response"
+    description: str = ""
+    schema: JsonObject | None = None
+    strict: bool | None = None
+
+
+class Thinking(NamedTuple):
+    """How much the model may reason.
+
+    Attributes:
+        effort: none, minimal, low, medium, high, xhigh, max; "" if nothing was said.
+        budget: tokens, where the caller counted them.
+        adaptive: the caller leaves it to the model.
+        visible: whether the caller wants to read it; None if nothing was said.
+    """
+
+    effort: str = ""
+    budget: int | None = None
+    adaptive: bool = False
+    visible: bool | None = None
+
+
+class Sampling(NamedTuple):
+    """logprobs: None for none, else how many alternatives per token."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: JsonObject | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+
+
+class Prompt(NamedTuple):
+    """A request to a model, in no protocol in particular.
+
+    Attributes:
+        wants_usage: the caller wants it in a stream (Chat Completions asks).
+        cache: time to live of a cache mark on the whole prompt.
+        legacy_functions: the caller speaks of functions rather than of tools.
+        extra: fields that have no neutral form, as the caller spelt them.
+    """
+
+    model: str
+    messages: tuple[Message, ...]
+    source: ApiProtocol = ApiProtocol.CHAT_COMPLETIONS
+    stream: bool = False
+    wants_usage: bool = True
+    max_tokens: int | None = None
+    sampling: Sampling = Sampling()
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice | None = None
+    parallel_tools: bool | None = None
+    output: OutputFormat | None = None
+    thinking: Thinking = Thinking()
+    verbosity: str = ""
+    tier: str = ""
+    user: str = ""
+    cache_key: str = ""
+    cache: str = ""
+    metadata: JsonObject | None = None
+    store: bool | None = None
+    legacy_functions: bool = False
+    extra: JsonObject = {}  # noqa: RUF012  a NamedTuple's default, never changed
+
+
+class Traits(NamedTuple):
+    """What a target's model takes, as far as it is known; an unknown one takes everything.
+
+    Attributes:
+        vendor: who reads the opaque state that is sent there, and mints what comes back.
+        official: the protocol's own vendor is behind it, not a server that is compatible.
+        max_output: tokens; 0 if unknown.
+        max_tokens_field: how Chat Completions spells it there.
+        efforts: the levels of reasoning effort that it knows, lowest first.
+        thinking: Claude's and Gemini's way of asking: adaptive, budget, level, or "" for none.
+        can_stop_thinking: it takes an order not to reason.
+        sampling: it takes temperature and the like.
+        stops: it takes stop sequences.
+        forced_tools: it takes an order to call a tool.
+        schema: its way to structured output: native, tool, prompt, or legacy (Gemini's Schema).
+        inline_system: it takes system messages in the middle of a conversation.
+        prefill: the conversation may end with the assistant.
+        developer_role: it knows that role.
+        custom_tools: it knows tools whose input is free text.
+        call_ids: it wants function calls to keep their ids.
+        fetches_urls: it gets media by URL itself.
+        many: it makes several choices in one answer.
+        echoes_reasoning: it wants its plain reasoning back.
+    """
+
+    vendor: str = ""
+    official: bool = False
+    max_output: int = 0
+    max_tokens_field: str = "max_tokens"
+    efforts: tuple[str, ...] = ()
+    thinking: str = ""
+    can_stop_thinking: bool = True
+    sampling: bool = True
+    stops: bool = True
+    forced_tools: bool = True
+    schema: str = "native"
+    inline_system: bool = False
+    prefill: bool = True
+    developer_role: bool = False
+    custom_tools: bool = False
+    call_ids: bool = True
+    fetches_urls: bool = True
+    many: bool = True
+    echoes_reasoning: bool = False
+
+
+# What a model answers.
+
+
+class Open(NamedTuple):
+    """A block begins: with no text yet, but with all else that is known of it."""
+
+    key: int
+    block: Block
+    choice: int = 0
+
+
+class Delta(NamedTuple):
+    """More text of a block, or more of a call's arguments."""
+
+    key: int
+    text: str
+    logprobs: tuple[JsonObject, ...] = ()
+
+
+class Cite(NamedTuple):
+    key: int
+    citation: Citation
+
+
+class Close(NamedTuple):
+    """A block is complete."""
+
+    key: int
+    opaque: Opaque | None = None
 
 
 class Finished(NamedTuple):
-    """Always the last part."""
+    """A choice is complete.
+
+    Attributes:
+        raw: the provider's own word for it.
+        stop_sequence: the one that was hit, if the provider says.
+        detail: more of it, for people.
+    """
 
     finish: Finish
-    usage: Usage
+    choice: int = 0
+    raw: str = ""
+    stop_sequence: str | None = None
+    detail: str = ""
 
 
-StreamPart: TypeAlias = TextDelta | ToolCall | Finished
+StreamPart: TypeAlias = Open | Delta | Cite | Close | Finished
+
+
+class Choice(NamedTuple):
+    """One answer, put together from its parts."""
+
+    content: tuple[Block, ...]
+    finished: Finished
+
+
+class AnswerLabel(NamedTuple):
+    """What an answer that we render is called, when it was made (epoch seconds), and by what.
+
+    Attributes:
+        input_tokens: of the request, as far as is known when the answer begins.
+    """
+
+    id: str
+    created: int
+    model: str
+    input_tokens: int = 0
+
+
+class Loss(NamedTuple):
+    """Something that a translation dropped, bent or emulated.
+
+    Attributes:
+        harmful: the answer may differ by it; `x-bitrouter-strict` makes it an error.
+    """
+
+    code: str
+    field: str
+    harmful: bool = True
+
+
+class Losses:
+    """What a translation could not carry over."""
+
+    __slots__ = ("found",)
+
+    def __init__(self) -> None:
+        self.found: list[Loss] = []
+
+    def add(self, code: str, name: str, *, harmful: bool = True) -> None:
+        loss = Loss(code, name, harmful)
+        if loss not in self.found:
+            self.found.append(loss)
 
 
 class StreamState:
-    """What a stream in passing has shown so far.
+    """What a stream has shown so far.
 
     Attributes:
         started: something that a caller would miss has come: text, reasoning, a call, a finish.
@@ -1092,11 +1438,210 @@ class ErrorFacts(NamedTuple):
     retry_after_s: float | None = None
 
 
-class AnswerLabel(NamedTuple):
-    """What an answer that we make ourselves is called, and when it was made (epoch seconds)."""
+class StreamDecoder(Protocol):
+    """A provider's answer -> StreamParts.
 
-    id: str
-    created: int
+    Attributes:
+        model: what the provider calls the model that answers; "" until it says.
+    """
+
+    model: str
+
+    def feed(self, value: JsonObject) -> list[StreamPart]:
+        """One event's JSON."""
+        ...
+
+    def finish(self) -> list[StreamPart]:
+        """The stream has ended as it should: what is open closes, what is due is said."""
+        ...
+
+    def whole(self, value: JsonObject) -> list[StreamPart]:
+        """An answer that came in one piece."""
+        ...
+
+
+class StreamEncoder(Protocol):
+    """StreamParts -> the bytes of a protocol's event stream."""
+
+    def encode(self, part: StreamPart) -> bytes: ...
+
+    def end(self, usage: Usage) -> bytes:
+        """What ends a stream in order."""
+        ...
+
+    def fail(self, error: BitrouterError) -> bytes:
+        """What ends a stream that went wrong."""
+        ...
+
+
+class Codec(NamedTuple):
+    """One protocol: everything about it that the rest of the file needs to know.
+
+    Attributes:
+        comments: whether the protocol's own SDKs survive comments in a stream.
+        heartbeat: bytes that they survive between two events.
+        end_mark: what ends a stream, for a provider that finished and forgot to say so.
+        strict: whether a block of whole events is in the form that all SDKs of the protocol read.
+        dull: whether a block holds nothing for `note`. May say no for nothing, never yes.
+        note: look at one event, and write down in the StreamState what it means.
+        frame: one event, in the form that `strict` asks for; b"" for one that must not travel.
+        parse_request: a caller's request -> Prompt. Raises BadRequest, naming the field.
+        render_request: Prompt -> a provider's request; what is lost on the way is added to Losses.
+        render_response: an answer for a caller, whole.
+        decoder: reads a provider's answers; takes the vendor whose opaque state they hold.
+        encoder: writes a caller's stream.
+        names: what a tool may be called.
+        unseal: take our envelopes out of a request to a provider of its own protocol; whether
+            there were any.
+    """
+
+    render_error: Callable[[BitrouterError], JsonObject]
+    render_status: Callable[[BitrouterError], int]
+    parse_error: Callable[[JsonObject], ErrorFacts | None]
+    usage: Callable[[JsonObject], Usage | None]
+    what_is_missing: Callable[[JsonObject], str]
+    comments: bool
+    heartbeat: bytes
+    end_mark: bytes
+    strict: Callable[[bytes], bool]
+    dull: Callable[[bytes], bool]
+    note: Callable[[StreamState, JsonObject], None]
+    frame: Callable[[SseEvent], bytes]
+    fail_stream: Callable[[BitrouterError, StreamState, bytes], bytes]
+    parse_request: Callable[[JsonObject], Prompt]
+    render_request: Callable[[Prompt, Traits, Losses], JsonObject]
+    render_response: Callable[[Prompt, AnswerLabel, list[Choice], Usage, Losses], JsonObject]
+    decoder: Callable[[str], StreamDecoder]
+    encoder: Callable[[Prompt, AnswerLabel], StreamEncoder]
+    names: re.Pattern[str]
+    unseal: Callable[[JsonObject, str], bool]
+
+
+# Between blocks and parts.
+
+
+def text_of(block: Block) -> str:
+    """What grows in a block: its text, or a call's arguments."""
+    if isinstance(block, ToolCall):
+        return block.arguments
+    return "" if isinstance(block, Media) else block.text
+
+
+def with_text(block: Block, text: str) -> Block:
+    if isinstance(block, ToolCall):
+        return block._replace(arguments=text)
+    return block if isinstance(block, Media) else block._replace(text=text)
+
+
+def parts_of(block: Block, key: int, choice: int = 0) -> Iterator[StreamPart]:
+    """A block that came whole, as the parts of a stream."""
+    text, opaque = text_of(block), None
+    empty = with_text(block, "")
+    logprobs: tuple[JsonObject, ...] = ()
+    if isinstance(empty, Text):
+        logprobs, empty = empty.logprobs, Text()
+    elif isinstance(empty, Reasoning):
+        opaque, empty = empty.opaque, Reasoning()
+    yield Open(key, empty, choice)
+    if text or logprobs:
+        yield Delta(key, text, logprobs)
+    for citation in block.citations if isinstance(block, Text) else ():
+        yield Cite(key, citation)
+    yield Close(key, opaque)
+
+
+class Gatherer:
+    """StreamParts -> Choices."""
+
+    __slots__ = ("_blocks", "_finished", "_grown")
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, tuple[int, Block]] = {}
+        self._grown: dict[int, list[str]] = {}
+        self._finished: dict[int, Finished] = {}
+
+    def add(self, part: StreamPart) -> None:
+        match part:
+            case Delta(key, text, logprobs):
+                self._grown[key].append(text)
+                if logprobs:
+                    self._change(key, logprobs=self._block(key, Text).logprobs + logprobs)
+            case Open(key, block, choice):
+                self._blocks[key] = (choice, block)
+                self._grown[key] = []
+            case Cite(key, citation):
+                self._change(key, citations=(*self._block(key, Text).citations, citation))
+            case Close(key, opaque):
+                if opaque:
+                    self._change(key, opaque=opaque)
+            case Finished():
+                self._finished.setdefault(part.choice, part)
+
+    def choices(self) -> list[Choice]:
+        """What has come so far; never empty."""
+        contents: dict[int, list[Block]] = {index: [] for index in self._finished or (0,)}
+        for key, (choice, block) in self._blocks.items():
+            whole = with_text(block, "".join(self._grown[key]))
+            contents.setdefault(choice, []).append(whole)
+        return [
+            Choice(tuple(blocks), self._finished.get(index, Finished(Finish.STOP, index)))
+            for index, blocks in sorted(contents.items())
+        ]
+
+    def _block(self, key: int, kind: type[T]) -> T:
+        block = self._blocks[key][1]
+        assert isinstance(block, kind)  # noqa: S101  decoders cite and weigh texts alone
+        return block
+
+    def _change(self, key: int, **changes: Any) -> None:
+        choice, block = self._blocks[key]
+        self._blocks[key] = (choice, block._replace(**changes))
+
+
+class InOrder:
+    """Parts in which blocks overlap -> parts in which one closes before the next one opens.
+
+    Chat Completions lets calls grow side by side; the other protocols do not. What belongs to a
+    later block waits, up to a bound.
+    """
+
+    __slots__ = ("_at", "_waiting", "_waiting_chars")
+
+    def __init__(self) -> None:
+        self._at: int | None = None
+        self._waiting: dict[int, list[StreamPart]] = {}
+        self._waiting_chars = 0
+
+    def feed(self, part: StreamPart) -> list[StreamPart]:
+        """Raises UpstreamGarbled when too much waits."""
+        if isinstance(part, Finished):
+            return [part]
+        if self._at is None and isinstance(part, Open):
+            self._at = part.key
+        if part.key == self._at:
+            return [part, *self._next()] if isinstance(part, Close) else [part]
+        self._waiting.setdefault(part.key, []).append(part)
+        self._waiting_chars += len(part.text) if isinstance(part, Delta) else 0
+        if self._waiting_chars > MAX_EVENT_BYTES:
+            raise UpstreamGarbled("the provider lets too many blocks grow at once")
+        return []
+
+    def _next(self) -> list[StreamPart]:
+        """What waited, in the order in which it began, up to a block that is not complete."""
+        out: list[StreamPart] = []
+        self._at = None
+        while self._waiting and self._at is None:
+            key, parts = next(iter(self._waiting.items()))
+            del self._waiting[key]
+            out += parts
+            self._at = None if isinstance(parts[-1], Close) else key
+        self._waiting_chars = self._waiting_chars if self._waiting else 0
+        return out
+
+
+# ---------------------------------------------------------------------------------------------
+# 6. rosetta: what the protocols call the same thing, and what their codecs share (pure)
+# ---------------------------------------------------------------------------------------------
 
 
 class ErrorWords(NamedTuple):
@@ -1125,8 +1670,76 @@ _ERROR_ROSETTA = (
     (Kind.TIMEOUT,         "server_error",             "timeout_error", "DEADLINE_EXCEEDED"),
     (Kind.UNSUPPORTED,     "invalid_request_error",    "invalid_request_error", "UNIMPLEMENTED"),
 )
+
+# Why a model stopped. The first row with a meaning is how it is written; every row is read.
+# For Responses: its status, or the reason that makes it incomplete.
+# wire: the references of the four APIs, read 2026-11
+FINISH_ROSETTA = (
+    # canonical              Chat              Responses            Messages         generateContent
+    (Finish.STOP,            "stop",           "completed",         "end_turn",      "STOP"),
+    (Finish.STOP_SEQUENCE,   "stop",           "completed",         "stop_sequence", "STOP"),
+    (Finish.TOOL_CALLS,      "tool_calls",     "completed",         "tool_use",      "STOP"),
+    (Finish.TOOL_CALLS,      "function_call",  "",                  "",              ""),
+    (Finish.LENGTH,          "length",         "max_output_tokens", "max_tokens",    "MAX_TOKENS"),
+    (Finish.LENGTH,          "",               "max_messages",      "", "CONTINUATION"),
+    (Finish.CONTEXT_WINDOW,  "length",         "max_output_tokens",
+     "model_context_window_exceeded", "MAX_TOKENS"),
+    (Finish.CONTENT_FILTER,  "content_filter", "content_filter",    "refusal",       "SAFETY"),
+    (Finish.REFUSAL,         "stop",           "completed",         "refusal",       "SAFETY"),
+    (Finish.PAUSE,           "length",         "max_output_tokens", "pause_turn",    "OTHER"),
+    (Finish.MALFORMED,       "",               "",                  "", "MALFORMED_FUNCTION_CALL"),
+    (Finish.MALFORMED,       "",               "",                  "",     "MALFORMED_RESPONSE"),
+    (Finish.MALFORMED,       "",               "",                  "",     "UNEXPECTED_TOOL_CALL"),
+    (Finish.MALFORMED,       "",               "",                  "",     "TOO_MANY_TOOL_CALLS"),
+    (Finish.STOP,            "",               "steered", "", "FINISH_REASON_UNSPECIFIED"),
+    *((Finish.CONTENT_FILTER, "", "", "", reason) for reason in (
+        "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII", "IMAGE_SAFETY",
+        "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "IMAGE_OTHER", "NO_IMAGE", "ESCALATION",
+        "MODEL_ARMOR", "PUP_LIMITED_DISABLED",
+    )),
+)
+
+# How much a model may reason, for models that count tokens instead of knowing levels: the budget
+# that a level becomes at Claude and at Gemini 2.5, and the highest budget that is read as it.
+EFFORT_ROSETTA = (
+    # effort     Claude  Gemini  read up to
+    ("none",          0,      0,         0),
+    ("minimal",   1_024,    512,     1_024),
+    ("low",       2_048,  2_048,     4_096),
+    ("medium",    8_192,  8_192,    12_288),
+    ("high",     16_384, 24_576,    24_576),
+    ("xhigh",    24_576, 32_768,    32_768),
+    ("max",      32_000, 32_768, 1_000_000_000),
+)
 # fmt: on
 ERROR_WORDS = {kind: ErrorWords(*words) for kind, *words in _ERROR_ROSETTA}
+EFFORTS = tuple(row[0] for row in EFFORT_ROSETTA)
+
+
+def finish_words(column: int) -> tuple[dict[Finish, str], dict[str, Finish]]:
+    """How one protocol writes each finish, and what each of its words means."""
+    written: dict[Finish, str] = {}
+    read: dict[str, Finish] = {}
+    for row in FINISH_ROSETTA:
+        written.setdefault(row[0], row[column])
+        if row[column]:
+            read.setdefault(row[column], row[0])
+    return written, read
+
+
+def effort_of(budget: int) -> str:
+    """The level that a budget of reasoning tokens stands for; "" for a dynamic one (-1)."""
+    if budget < 0:
+        return ""
+    return next(effort for effort, *_, up_to in EFFORT_ROSETTA if budget <= up_to)
+
+
+def nearest_effort(effort: str, known: tuple[str, ...]) -> str:
+    """The level itself, or the next lower one that is known, or else the lowest."""
+    if not known or effort in known:
+        return effort
+    below = [level for level in known if EFFORTS.index(level) < EFFORTS.index(effort)]
+    return below[-1] if below else known[0]
 
 
 def status_but_529(error: BitrouterError) -> int:
@@ -1159,66 +1772,8 @@ def named_and_framed(block: bytes) -> bool:
     )
 
 
-class StreamEncoder(Protocol):
-    """StreamParts -> the bytes of a protocol's event stream."""
-
-    def encode(self, part: StreamPart) -> bytes: ...
-
-
-class Codec(NamedTuple):
-    """One protocol: everything about it that the rest of the file needs to know.
-
-    Attributes:
-        comments: whether the protocol's own SDKs survive comments in a stream.
-        heartbeat: bytes that they survive between two events.
-        end_mark: what ends a stream, for a provider that finished and forgot to say so.
-        strict: whether a block of whole events is in the form that all SDKs of the protocol read.
-        dull: whether a block holds nothing for `note`. May say no for nothing, never yes.
-        note: look at one event, and write down in the StreamState what it means.
-        frame: one event, in the form that `strict` asks for; b"" for one that must not travel.
-    """
-
-    render_error: Callable[[BitrouterError], JsonObject]
-    render_status: Callable[[BitrouterError], int]
-    parse_error: Callable[[JsonObject], ErrorFacts | None]
-    usage: Callable[[JsonObject], Usage | None]
-    what_is_missing: Callable[[JsonObject], str]
-    comments: bool
-    heartbeat: bytes
-    end_mark: bytes
-    strict: Callable[[bytes], bool]
-    dull: Callable[[bytes], bool]
-    note: Callable[[StreamState, JsonObject], None]
-    frame: Callable[[SseEvent], bytes]
-    fail_stream: Callable[[BitrouterError, StreamState, bytes], bytes]
-    parse_request: Callable[[JsonObject], Prompt] | None = None
-    render_response: Callable[[Prompt, AnswerLabel, list[StreamPart]], JsonObject] | None = None
-    encoder: Callable[[Prompt, AnswerLabel], StreamEncoder] | None = None
-
-
 def words_of(*values: Json) -> frozenset[str]:
     return frozenset(value.lower() for value in values if isinstance(value, str))
-
-
-def prompt_from(
-    body: JsonObject, tool_path: tuple[str, ...], schema_path: tuple[str, ...]
-) -> Prompt:
-    """What the built-in model reads of a request of either chat protocol. Raises BadRequest."""
-    messages = maybe(body, "messages", list) or []
-    if not messages:
-        raise BadRequest("messages: expected a list with at least one message", param="messages")
-    said = [m for m in messages if dig(m, "role") == "user"]
-    tools = [dig(tool, *tool_path) for tool in maybe(body, "tools", list) or ()]
-    schema = dig(body, *schema_path)
-    contents = [body.get("system"), *(dig(m, "content") for m in messages)]
-    return Prompt(
-        model=str(body.get("model")),
-        text=texts_of(dig(said[-1], "content")) if said else "",
-        tools=tuple(name for name in tools if isinstance(name, str)),
-        schema=schema if isinstance(schema, dict) else None,
-        size=sum(len(texts_of(content)) for content in contents),
-        stream=body.get("stream") is True,
-    )
 
 
 def type_of(data: bytes) -> str:
@@ -1230,16 +1785,606 @@ def type_of(data: bytes) -> str:
     return "message"
 
 
-def texts_of(content: Json) -> str:
-    """The text in a message's content: a string, or a list of parts of which some are text."""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else []
-    return "\n".join(p["text"] for p in parts if isinstance(dig(p, "text"), str))
+# Opaque state on its way through a caller of another protocol. It travels in an envelope, where
+# that protocol keeps its own state; only the vendor who minted it gets it back.
+
+ENVELOPE = "br1."
+_MAX_SEALED_CHARS = 1024 * 1024
+
+
+def seal(opaque: Opaque) -> str:
+    """Opaque state as text of URL-safe base64."""
+    facts = {"v": opaque.vendor, "m": opaque.model, "k": opaque.kind, "id": opaque.id}
+    sealed = base64.urlsafe_b64encode(compact({**facts, "d": opaque.data}))
+    return ENVELOPE + sealed.decode().rstrip("=")
+
+
+def unseal(text: Json) -> Opaque | None:
+    """What is in an envelope of ours; None if it is not one, or not whole."""
+    if not isinstance(text, str) or not text.startswith(ENVELOPE):
+        return None
+    if len(text) > _MAX_SEALED_CHARS:
+        return None
+    with suppress(ValueError, RecursionError):
+        facts = parse_json(from_base64(text[len(ENVELOPE) :]))
+        told = [dig(facts, key) for key in ("v", "k", "d", "m", "id")]
+        if all(isinstance(one, str) for one in told):
+            return Opaque(*told)
+    return None
+
+
+def opaque_from(text: Json, vendor: str, kind: str, ident: str = "") -> Opaque | None:
+    """State that a caller sends back: sealed by us, or its own protocol's vendor's."""
+    if not isinstance(text, str) or not text:
+        return None
+    if text.startswith(ENVELOPE):
+        return unseal(text)
+    return Opaque(vendor, kind, text, id=ident)
+
+
+def sealed_for(opaque: Opaque, vendor: str, kind: str) -> str:
+    """State as a caller gets it: bare if it is of the protocol's own vendor and kind."""
+    return opaque.data if (opaque.vendor, opaque.kind) == (vendor, kind) else seal(opaque)
+
+
+def from_base64(text: str) -> bytes:
+    """Bytes from base64 of either alphabet, padded or not. Raises ValueError."""
+    plain = re.sub(r"\s+", "", text).replace("-", "+").replace("_", "/").rstrip("=")
+    return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+
+
+def standard_base64(text: str) -> str:
+    """The same bytes in the standard alphabet, padded."""
+    if "-" in text or "_" in text or len(text) % 4:
+        plain = text.replace("-", "+").replace("_", "/").rstrip("=")
+        return plain + "=" * (-len(plain) % 4)
+    return text
+
+
+# Media.
+
+# wire: the formats' own signatures, as PNG, JPEG, GIF, WEBP and PDF files begin
+_SIGNATURES = (
+    (b"\x89PNG\r\n\x1a\n", "image/png"), (b"\xff\xd8\xff", "image/jpeg"), (b"GIF8", "image/gif"),
+    (b"%PDF-", "application/pdf"),
+)  # fmt: skip
+MIME_BY_SUFFIX = {
+    "png": "image/png", "jpg": "image/jpeg", "jpeg": "image/jpeg", "gif": "image/gif",
+    "webp": "image/webp", "pdf": "application/pdf", "txt": "text/plain", "md": "text/markdown",
+    "csv": "text/csv", "html": "text/html", "json": "application/json", "wav": "audio/wav",
+    "mp3": "audio/mp3", "mp4": "video/mp4", "heic": "image/heic",
+}  # fmt: skip
+
+
+def sniff(start: bytes) -> str:
+    """The media type that a file's first bytes show; "" if they show none that we know."""
+    if start[:4] == b"RIFF" and start[8:12] == b"WEBP":
+        return "image/webp"
+    return next((mime for mark, mime in _SIGNATURES if start.startswith(mark)), "")
+
+
+def media_of_bytes(kind: str, mime: str, data: Json, where: str, **more: Any) -> Media:
+    """Media whose bytes are here, in base64; what they are counts, not what they are called."""
+    if not isinstance(data, str) or not data:
+        raise BadRequest(f"{where}: expected base64 data", param=where)
+    data = standard_base64(data)
+    with suppress(ValueError):
+        mime = sniff(from_base64(data[:64])) or mime
+    return Media(kind, mime.partition(";")[0], data, **more)
+
+
+def media_at(kind: str, url: Json, where: str, **more: Any) -> Media:
+    """Media at a URL, or in it (RFC 2397). Raises BadRequest."""
+    if not isinstance(url, str) or not url:
+        raise BadRequest(f"{where}: expected a URL, got {show_json(url)}", param=where)
+    if not url.startswith("data:"):
+        return Media(kind, more.pop("mime", "") or mime_of_path(url), url=url, **more)
+    head, comma, data = url[5:].partition(",")
+    if not comma:
+        raise BadRequest(f"{where}: this data URL has no comma, so no data", param=where)
+    mime, *flags = head.split(";")
+    if "base64" not in flags:
+        data = base64.b64encode(unquote_to_bytes(data)).decode()
+    more.pop("mime", None)
+    return media_of_bytes(kind, mime or "text/plain", data, where, **more)
+
+
+def mime_of_path(url: str) -> str:
+    suffix = urlsplit(url).path.rpartition(".")[2].lower() if "://" in url else ""
+    return MIME_BY_SUFFIX.get(suffix, "")
+
+
+def data_url(media: Media) -> str:
+    return f"data:{media.mime or 'application/octet-stream'};base64,{media.data}"
+
+
+def kind_of_mime(mime: str) -> str:
+    first = mime.partition("/")[0]
+    return first if first in ("image", "audio", "video") else "document"
+
+
+def text_in(media: Media) -> str | None:
+    """The text of a plain document; None if it is none."""
+    if not media.data or not (media.mime.startswith("text/") or media.mime == "application/json"):
+        return None
+    with suppress(ValueError):
+        return from_base64(media.data).decode("utf-8", "replace")
+    return None
+
+
+# Reading requests. `where` is the place of a value, such as messages[2].content[0].
+
+
+def typed(value: Json, kind: type[T], where: str) -> T:
+    """The value, if it has that type. Raises BadRequest."""
+    if not isinstance(value, kind):
+        raise BadRequest(
+            f"{where}: expected {JSON_TYPES[kind]}, got {show_json(value)}", param=where
+        )
+    return value
+
+
+def each_object(value: Json, where: str) -> Iterator[tuple[str, JsonObject]]:
+    """The objects of a list, each with its place; nothing for null. Raises BadRequest."""
+    for n, item in enumerate(typed(value, list, where) if value is not None else ()):
+        here = f"{where}[{n}]"
+        yield here, typed(item, dict, here)
+
+
+def number(body: JsonObject, key: str) -> float | None:
+    """A number, or None for none. Raises BadRequest."""
+    value = body.get(key)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise BadRequest(f"{key}: expected a number, got {show_json(value)}", param=key)
+    return value
+
+
+def count_in(body: JsonObject, key: str) -> int | None:
+    """A whole number from 0, or None for none. Raises BadRequest."""
+    value = number(body, key)
+    if value is None:
+        return None
+    if value < 0 or value > 1e15 or value != int(value):
+        found = show_json(value)
+        raise BadRequest(f"{key}: expected a whole number from 0, got {found}", param=key)
+    return int(value)
+
+
+def strings_in(value: Json, where: str) -> tuple[str, ...]:
+    """A string or a list of them. Raises BadRequest."""
+    if value is None:
+        return ()
+    values = [value] if isinstance(value, str) else typed(value, list, where)
+    return tuple(typed(one, str, f"{where}[{n}]") for n, one in enumerate(values))
+
+
+def the_rest(body: JsonObject, known: frozenset[str]) -> JsonObject:
+    """Fields that have no neutral form and hold something."""
+    return {k: v for k, v in body.items() if k not in known and v is not None}
+
+
+def no_nulls(fields: JsonObject) -> JsonObject:
+    """Fields without those that have no value: absent is not null to every server."""
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def object_in(text: str) -> JsonObject | None:
+    """The object that a call's arguments hold, where they must be one; None for other text."""
+    if not text.strip():
+        return {}
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict):
+            return value
+        return {"input": value}
+    return None
+
+
+def joined_text(content: Iterable[Content], between: str = "\n\n") -> str:
+    return between.join(part.text for part in content if isinstance(part, Text))
+
+
+def size_of(prompt: Prompt) -> int:
+    """Characters of a conversation, to count tokens by: about four make one."""
+    size = sum(len(tool.description) + len(str(tool.schema or "")) for tool in prompt.tools)
+    for message in prompt.messages:
+        for part in message.content:
+            inner = part.content if isinstance(part, ToolResult) else (part,)
+            size += sum(_size_of_part(one) for one in inner)
+    return size
+
+
+def _size_of_part(part: Content) -> int:
+    match part:
+        case Text() | Refusal() | Reasoning():
+            return len(part.text)
+        case ToolCall():
+            return len(part.name) + len(part.arguments)
+        case Media():
+            return 4 * 1024  # about what an image costs, whatever its size
+    return 0
+
+
+def turns(messages: Iterable[Message]) -> list[Message]:
+    """Messages of one role in a row as one, the results of tools first in it."""
+    merged: list[Message] = []
+    run: list[Content] = []
+    role = ""
+    for message in messages:
+        if message.role != role:
+            if run:
+                merged.append(Message(role, _results_first(run)))
+            run, role = [], message.role
+        run += message.content
+    if run:
+        merged.append(Message(role, _results_first(run)))
+    return merged
+
+
+def _results_first(content: list[Content]) -> tuple[Content, ...]:
+    results = [part for part in content if isinstance(part, ToolResult)]
+    if not results:
+        return tuple(content)
+    return (*results, *(part for part in content if not isinstance(part, ToolResult)))
+
+
+# How a hosted web search is asked for, where it is.
+WEB_SEARCH = "web_search"
+
+
+def refuse_part(part: Media, target: str) -> UpstreamUnfit:
+    """What to raise for media that a protocol has no place for."""
+    shown = part.mime or part.kind
+    return UpstreamUnfit(
+        f"{part.kind} input ({shown}) cannot be sent to a model behind {target}; "
+        "ask a model that takes it",
+        code="unsupported_modality",
+        param=part.kind,
+    )
 
 
 # ---------------------------------------------------------------------------------------------
-# 6. chat: OpenAI Chat Completions (pure)
+# 7. schema: the dialects of JSON Schema that providers take (pure)
+# ---------------------------------------------------------------------------------------------
+# Each function gives back a new schema and leaves the old one alone. Depth is bounded: schemas
+# come from strangers.
+#
+# wire: platform.openai.com/docs/guides/structured-outputs, docs.claude.com/en/docs/build-with-
+# claude/structured-outputs, ai.google.dev/gemini-api/docs/structured-output; read 2026-11
+
+_MAX_DEPTH = 64
+_MAX_INLINED = 8  # levels of $ref that are written out for a dialect without them
+_MAX_NODES = 20_000
+
+# Keywords whose value is a schema, a list of them, or an object of them.
+_ONE = ("items", "additionalProperties", "not", "if", "then", "else", "contains")
+_MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
+_NAMED = ("properties", "$defs", "definitions", "patternProperties", "dependentSchemas")
+
+
+def mapped(schema: Json, change: Callable[[JsonObject], JsonObject], depth: int = 0) -> Json:
+    """A schema in which every schema is changed, the innermost first. Raises BadRequest."""
+    if not isinstance(schema, dict):
+        return schema
+    if depth > _MAX_DEPTH:
+        raise BadRequest("a JSON schema is nested too deeply", param="schema")
+    new = dict(schema)
+    for key in _ONE:
+        if isinstance(new.get(key), dict):
+            new[key] = mapped(new[key], change, depth + 1)
+    for key in _MANY:
+        if isinstance(new.get(key), list):
+            new[key] = [mapped(one, change, depth + 1) for one in new[key]]
+    for key in _NAMED:
+        if isinstance(new.get(key), dict):
+            new[key] = {name: mapped(one, change, depth + 1) for name, one in new[key].items()}
+    return change(new)
+
+
+def object_schema(schema: JsonObject | None) -> JsonObject:
+    """A schema for a tool's input, which must be an object."""
+    if not schema:
+        return {"type": "object", "properties": {}}
+    if "type" not in schema and not any(key in schema for key in (*_MANY, "$ref")):
+        return {"type": "object", **schema}
+    return schema
+
+
+def is_recursive(schema: Json) -> bool:
+    """Whether a schema refers to itself, so that it cannot be written out."""
+    targets = _definitions(schema)
+    edges = {name: _references(target) for name, target in targets.items()}
+
+    def reaches(name: str, goal: str, seen: set[str]) -> bool:
+        for following in edges.get(name, ()):
+            if following == goal:
+                return True
+            if following not in seen:
+                seen.add(following)
+                if reaches(following, goal, seen):
+                    return True
+        return False
+
+    return "#" in _references(schema) or any(reaches(name, name, set()) for name in edges)
+
+
+def _definitions(schema: Json) -> dict[str, Json]:
+    return {
+        f"#/{key}/{name}": one
+        for key in ("$defs", "definitions")
+        for name, one in as_object(dig(schema, key)).items()
+    }
+
+
+def _references(schema: Json) -> set[str]:
+    found: set[str] = set()
+
+    def note(one: JsonObject) -> JsonObject:
+        if isinstance(one.get("$ref"), str):
+            found.add(one["$ref"])
+        return one
+
+    mapped(schema, note)
+    return found
+
+
+# OpenAI's strict subset.
+
+
+def strict_for_openai(schema: Json) -> JsonObject | None:
+    """The schema as OpenAI's strict mode takes it; None if that would change what it means."""
+    allowed = True
+
+    def close(one: JsonObject) -> JsonObject:
+        nonlocal allowed
+        if one.get("type") == "object" or "properties" in one:
+            properties = as_object(one.get("properties"))
+            if set(properties) != set(as_list(one.get("required"))):
+                allowed = False
+            if one.get("additionalProperties") not in (None, False):
+                allowed = False
+            one = {**one, "additionalProperties": False}
+        if any(key in one for key in ("oneOf", "allOf", "not", "if", "patternProperties")):
+            allowed = False
+        return one
+
+    new = mapped(schema, close)
+    root_is_object = dig(new, "type") == "object" and "anyOf" not in new
+    return new if allowed and root_is_object else None
+
+
+# Anthropic's subset: what it lacks is said in words.
+
+_CLAUDE_KEEPS = {
+    "type", "enum", "const", "anyOf", "allOf", "$defs", "definitions", "$ref", "properties",
+    "required", "items", "description", "title", "additionalProperties",
+}  # fmt: skip
+_CLAUDE_FORMATS = {
+    "date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid",
+}  # fmt: skip
+_CLAUDE_MAX_OPTIONAL = 24
+_CLAUDE_MAX_UNIONS = 16
+
+
+def for_claude(schema: JsonObject) -> JsonObject | None:
+    """The schema as `output_config.format` takes it; None if it is beyond what it takes."""
+    if is_recursive(schema):
+        return None
+    optional = unions = 0
+
+    def change(one: JsonObject) -> JsonObject:
+        nonlocal optional, unions
+        properties = as_object(one.get("properties"))
+        optional += len(set(properties) - set(map(str, as_list(one.get("required")))))
+        one = _for_claude(one)
+        unions += "anyOf" in one or isinstance(one.get("type"), list)
+        return one
+
+    new: JsonObject = mapped(schema, change)
+    return new if optional <= _CLAUDE_MAX_OPTIONAL and unions <= _CLAUDE_MAX_UNIONS else None
+
+
+def _for_claude(one: JsonObject) -> JsonObject:
+    if "$ref" in one:
+        return {key: one[key] for key in ("$ref", "$defs", "definitions") if key in one}
+    new = {key: value for key, value in one.items() if key in _CLAUDE_KEEPS}
+    if "oneOf" in one:
+        new.setdefault("anyOf", one["oneOf"])
+    if one.get("format") in _CLAUDE_FORMATS:
+        new["format"] = one["format"]
+    if one.get("minItems") in (0, 1):
+        new["minItems"] = one["minItems"]
+    if "enum" in new or "const" in new:
+        new.pop("type", None)
+    if new.get("type") == "object" or "properties" in new:
+        new["additionalProperties"] = False
+    else:
+        new.pop("additionalProperties", None)
+    lost = {k: v for k, v in one.items() if k not in new and k not in ("$schema", "$id", "oneOf")}
+    if lost:
+        said = "; ".join(f"{key}: {show_json(value)}" for key, value in lost.items())
+        new["description"] = f"{new['description']} ({said})" if "description" in new else said
+    return new
+
+
+# Gemini's two dialects: JSON Schema for newer models, an OpenAPI subset for older ones.
+
+_GEMINI_KEEPS = {
+    "$id", "$defs", "$ref", "$anchor", "type", "format", "title", "description", "enum", "items",
+    "prefixItems", "minItems", "maxItems", "minimum", "maximum", "anyOf", "oneOf", "properties",
+    "additionalProperties", "required", "propertyOrdering",
+}  # fmt: skip
+
+
+def for_gemini(schema: JsonObject) -> JsonObject:
+    """The schema as `responseJsonSchema` and `parametersJsonSchema` take it."""
+    if "definitions" in schema:
+        defs = {**as_object(schema.get("definitions")), **as_object(schema.get("$defs"))}
+        schema = {**{k: v for k, v in schema.items() if k != "definitions"}, "$defs": defs}
+
+    def change(one: JsonObject) -> JsonObject:
+        if isinstance(one.get("$ref"), str):
+            target = one["$ref"].replace("#/definitions/", "#/$defs/")
+            return {"$ref": target, **({"$defs": one["$defs"]} if "$defs" in one else {})}
+        one = _without_all_of(_without_const(one))
+        return {key: value for key, value in one.items() if key in _GEMINI_KEEPS}
+
+    return as_object(mapped(schema, change))
+
+
+def _without_const(one: JsonObject) -> JsonObject:
+    if "const" not in one:
+        return one
+    return {**{k: v for k, v in one.items() if k != "const"}, "enum": [one["const"]]}
+
+
+def _without_all_of(one: JsonObject) -> JsonObject:
+    if "allOf" not in one:
+        return one
+    new = {k: v for k, v in one.items() if k != "allOf"}
+    for part in as_list(one["allOf"]):
+        for key, value in as_object(part).items():
+            if key == "properties":
+                new[key] = {**as_object(new.get(key)), **as_object(value)}
+            elif key == "required":
+                new[key] = list(dict.fromkeys([*as_list(new.get(key)), *as_list(value)]))
+            else:
+                new.setdefault(key, value)
+    return new
+
+
+_LEGACY_KEEPS = {
+    "type", "format", "title", "description", "enum", "items", "minItems", "maxItems", "minimum",
+    "maximum", "anyOf", "properties", "required", "propertyOrdering", "nullable", "minLength",
+    "maxLength", "pattern",
+}  # fmt: skip
+_LEGACY_FORMATS = {"date-time", "enum", "int32", "int64", "float", "double"}
+
+
+def for_old_gemini(schema: JsonObject) -> JsonObject:
+    """The schema as `responseSchema` and `parameters` take it: types in capitals, no references."""
+    nodes = [_MAX_NODES]
+
+    def inline(one: Json, refs: int, depth: int) -> Json:
+        nodes[0] -= 1
+        if not isinstance(one, dict):
+            return one
+        target = one.get("$ref")
+        if isinstance(target, str):
+            found = dig(schema, *_steps(target))
+            if refs >= _MAX_INLINED or nodes[0] < 0 or not isinstance(found, dict):
+                return {"type": "object"}
+            said = {k: v for k, v in one.items() if k not in ("$ref", "$defs", "definitions")}
+            return inline({**found, **said}, refs + 1, depth + 1)
+        if depth > _MAX_DEPTH:
+            raise BadRequest("a JSON schema is nested too deeply", param="schema")
+        new = {k: v for k, v in one.items() if k not in ("$defs", "definitions")}
+        for key in ("items", "additionalProperties"):
+            if isinstance(new.get(key), dict):
+                new[key] = inline(new[key], refs, depth + 1)
+        for key in _MANY:
+            if isinstance(new.get(key), list):
+                new[key] = [inline(each, refs, depth + 1) for each in new[key]]
+        if isinstance(new.get("properties"), dict):
+            named = new["properties"].items()
+            new["properties"] = {name: inline(each, refs, depth + 1) for name, each in named}
+        return new
+
+    return as_object(mapped(inline(schema, 0, 0), _for_old_gemini))
+
+
+def _steps(reference: str) -> list[str]:
+    steps = reference.removeprefix("#").strip("/").split("/")
+    return [step.replace("~1", "/").replace("~0", "~") for step in steps if step]
+
+
+def _for_old_gemini(one: JsonObject) -> JsonObject:
+    one = _without_all_of(_without_const(one))
+    if "oneOf" in one:
+        one = {**one, "anyOf": one["oneOf"]}
+    one = _nullable(one)
+    if "exclusiveMinimum" in one:
+        one.setdefault("minimum", one["exclusiveMinimum"])
+    new = {key: value for key, value in one.items() if key in _LEGACY_KEEPS}
+    if isinstance(new.get("enum"), list):
+        new["enum"] = [one if isinstance(one, str) else json.dumps(one) for one in new["enum"]]
+        new |= {"type": "string", "format": "enum"}
+    elif new.get("format") not in _LEGACY_FORMATS:
+        new.pop("format", None)
+    if isinstance(new.get("type"), str):
+        new["type"] = new["type"].upper()
+    return new
+
+
+def _nullable(one: JsonObject) -> JsonObject:
+    """Null among the types, or among the choices, as a flag beside them."""
+    kinds, choices = one.get("type"), one.get("anyOf")
+    if isinstance(kinds, list):
+        named = [kind for kind in kinds if kind != "null"]
+        one = {**one, "type": named[0] if named else "string"}
+        one |= {"nullable": True} if len(named) < len(kinds) else {}
+    if isinstance(choices, list):
+        others = [choice for choice in choices if str(dig(choice, "type")).lower() != "null"]
+        if len(others) < len(choices):
+            one = {**{k: v for k, v in one.items() if k != "anyOf"}, "nullable": True}
+            one |= others[0] if len(others) == 1 else {"anyOf": others}
+    return one
+
+
+_GEMINI_NAMES = {
+    "any_of": "anyOf", "min_items": "minItems", "max_items": "maxItems",
+    "property_ordering": "propertyOrdering", "min_length": "minLength", "max_length": "maxLength",
+    "min_properties": "minProperties", "max_properties": "maxProperties",
+    "additional_properties": "additionalProperties",
+}  # fmt: skip
+
+
+def from_gemini(schema: Json) -> JsonObject:
+    """JSON Schema from Gemini's `Schema`: small letters, null among the types."""
+    if not isinstance(schema, dict):
+        return {}
+    respelt = _respelt(schema, 0)
+
+    def change(one: JsonObject) -> JsonObject:
+        new = dict(one)
+        if isinstance(new.get("type"), str):
+            new["type"] = new["type"].lower()
+        if new.get("type") == "type_unspecified":
+            del new["type"]
+        if new.pop("nullable", False) and "type" in new:
+            new["type"] = [new["type"], "null"]
+            if isinstance(new.get("enum"), list):
+                new["enum"] = [*new["enum"], None]
+        if new.get("format") == "enum":
+            del new["format"]
+        for key in ("minItems", "maxItems", "minLength", "maxLength"):  # wire: int64 as a string
+            if isinstance(new.get(key), str) and new[key].isdigit():
+                new[key] = int(new[key])
+        return new
+
+    return as_object(mapped(respelt, change))
+
+
+def _respelt(schema: Json, depth: int) -> Json:
+    if depth > 2 * _MAX_DEPTH:
+        raise BadRequest("a JSON schema is nested too deeply", param="schema")
+    if isinstance(schema, list):
+        return [_respelt(one, depth + 1) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    new = {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs") and isinstance(value, dict):
+            new[key] = {name: _respelt(one, depth + 1) for name, one in value.items()}
+        else:
+            new[_GEMINI_NAMES.get(key, key)] = _respelt(value, depth + 1)
+    return new
+
+
+# ---------------------------------------------------------------------------------------------
+# 8. chat: OpenAI Chat Completions (pure)
 # ---------------------------------------------------------------------------------------------
 # wire: platform.openai.com/docs/api-reference/chat, read 2026-11. OpenAI's SDKs want every
 # event to be one `data:` line and nothing else (an `id:` line makes each later blank line a
@@ -1337,36 +2482,628 @@ def _chat_fail_stream(error: BitrouterError, state: StreamState, last: bytes) ->
     return sse_encode(compact(openai_render_error(error)))
 
 
+# A caller's request, read.
+
+_CHAT_KNOWN = frozenset({
+    "model", "messages", "stream", "stream_options", "max_tokens", "max_completion_tokens",
+    "temperature", "top_p", "top_k", "n", "stop", "seed", "presence_penalty", "frequency_penalty",
+    "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
+    "functions", "function_call", "response_format", "verbosity", "reasoning_effort", "reasoning",
+    "service_tier", "user", "safety_identifier", "prompt_cache_key", "metadata", "store",
+})  # fmt: skip
+
+
 def _chat_parse_request(body: JsonObject) -> Prompt:
-    prompt = prompt_from(body, ("function", "name"), ("response_format", "json_schema", "schema"))
-    return prompt._replace(wants_usage=dig(body, "stream_options", "include_usage") is True)
+    messages = [
+        _chat_message(one, here) for here, one in each_object(body.get("messages"), "messages")
+    ]
+    if not messages:
+        raise BadRequest("messages: expected a list with at least one message", param="messages")
+    limit = count_in(body, "max_completion_tokens")
+    return Prompt(
+        model=str(body.get("model")),
+        messages=_chat_named_results(messages),
+        source=ApiProtocol.CHAT_COMPLETIONS,
+        stream=body.get("stream") is True,
+        wants_usage=dig(body, "stream_options", "include_usage") is True,
+        max_tokens=limit if limit is not None else count_in(body, "max_tokens"),
+        sampling=_chat_sampling(body),
+        tools=_chat_tools(body),
+        tool_choice=_chat_tool_choice(body),
+        parallel_tools=maybe(body, "parallel_tool_calls", bool),
+        output=_chat_output(body),
+        thinking=_chat_thinking(body),
+        verbosity=maybe(body, "verbosity", str) or "",
+        tier=maybe(body, "service_tier", str) or "",
+        user=maybe(body, "safety_identifier", str) or maybe(body, "user", str) or "",
+        cache_key=maybe(body, "prompt_cache_key", str) or "",
+        metadata=maybe(body, "metadata", dict),
+        store=maybe(body, "store", bool),
+        legacy_functions=bool(body.get("functions")) and not body.get("tools"),
+        extra=the_rest(body, _CHAT_KNOWN),
+    )
+
+
+def _chat_sampling(body: JsonObject) -> Sampling:
+    wants_logprobs = maybe(body, "logprobs", bool)
+    return Sampling(
+        temperature=number(body, "temperature"),
+        top_p=number(body, "top_p"),
+        top_k=count_in(body, "top_k"),
+        seed=maybe(body, "seed", int),
+        presence_penalty=number(body, "presence_penalty"),
+        frequency_penalty=number(body, "frequency_penalty"),
+        logit_bias=maybe(body, "logit_bias", dict),
+        stop=strings_in(body.get("stop"), "stop"),
+        n=count_in(body, "n") or 1,
+        logprobs=count_in(body, "top_logprobs") or 0 if wants_logprobs else None,
+    )
+
+
+def _chat_thinking(body: JsonObject) -> Thinking:
+    # wire: `reasoning` is OpenRouter's; openrouter.ai/docs/use-cases/reasoning-tokens, 2026-11
+    effort = maybe(body, "reasoning_effort", str) or ""
+    more = as_object(body.get("reasoning"))
+    effort = effort or (more["effort"] if isinstance(more.get("effort"), str) else "")
+    budget = whole(more.get("max_tokens")) or None
+    if more.get("enabled") is False:
+        effort = "none"
+    visible = None if not effort and budget is None else effort != "none"
+    return Thinking(effort, budget, visible=False if more.get("exclude") is True else visible)
+
+
+def _chat_tools(body: JsonObject) -> tuple[Tool, ...]:
+    tools = [_chat_tool(tool, here) for here, tool in each_object(body.get("tools"), "tools")]
+    legacy = each_object(body.get("functions"), "functions")
+    return (*tools, *(_chat_function(function, here) for here, function in legacy))
+
+
+def _chat_tool(tool: JsonObject, where: str) -> Tool:
+    kind = tool.get("type")
+    if kind == "function":
+        return _chat_function(typed(tool.get("function"), dict, f"{where}.function"), where)
+    if kind == "custom":
+        custom = typed(tool.get("custom"), dict, f"{where}.custom")
+        grammar = as_object(custom.get("format"))
+        flat = {**grammar, **as_object(grammar.get("grammar"))}
+        flat.pop("grammar", None)
+        return Tool(
+            name=typed(custom.get("name"), str, f"{where}.custom.name"),
+            description=str(custom.get("description") or ""),
+            kind="custom",
+            format=flat or None,
+        )
+    return Tool(str(kind), kind="hosted", native=Native(ApiProtocol.CHAT_COMPLETIONS, tool))
+
+
+def _chat_function(function: JsonObject, where: str) -> Tool:
+    return Tool(
+        name=typed(function.get("name"), str, f"{where}.name"),
+        description=maybe(function, "description", str) or "",
+        schema=maybe(function, "parameters", dict),
+        strict=maybe(function, "strict", bool),
+    )
+
+
+def _chat_tool_choice(body: JsonObject) -> ToolChoice | None:
+    choice = body.get("tool_choice", body.get("function_call"))
+    if choice is None:
+        return None
+    if choice in ("auto", "none", "required"):
+        return ToolChoice(choice)
+    typed(choice, dict, "tool_choice")
+    if "allowed_tools" in choice:
+        allowed = as_object(choice["allowed_tools"])
+        tools = as_list(allowed.get("tools"))
+        names = [dig(t, "function", "name") or dig(t, "custom", "name") for t in tools]
+        must = allowed.get("mode") == "required"
+        return ToolChoice("allowed", tuple(n for n in names if isinstance(n, str)), must)
+    name = dig(choice, "function", "name") or dig(choice, "custom", "name") or choice.get("name")
+    return ToolChoice("named", (typed(name, str, "tool_choice.function.name"),))
+
+
+def _chat_output(body: JsonObject) -> OutputFormat | None:
+    wanted = maybe(body, "response_format", dict) or {}
+    if wanted.get("type") == "json_object":
+        return OutputFormat("json_object")
+    if wanted.get("type") != "json_schema":
+        return None
+    here = "response_format.json_schema"
+    facts = typed(wanted.get("json_schema"), dict, here)
+    return OutputFormat(
+        "json_schema",
+        name=str(facts.get("name") or "response"),
+        description=str(facts.get("description") or ""),
+        schema=typed(facts.get("schema", {}), dict, f"{here}.schema"),
+        strict=maybe(facts, "strict", bool),
+    )
+
+
+_CHAT_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def _chat_message(message: JsonObject, where: str) -> Message:
+    role = message.get("role")
+    if role not in _CHAT_ROLES:
+        known = ", ".join(_CHAT_ROLES)
+        raise BadRequest(
+            f"{where}.role: expected one of {known}; got {show_json(role)}", param=f"{where}.role"
+        )
+    content = _chat_content(message.get("content"), f"{where}.content")
+    name = message.get("name") if isinstance(message.get("name"), str) else ""
+    if role in ("tool", "function"):
+        call_id = message.get("tool_call_id") if role == "tool" else f"name:{name}"
+        call_id = typed(call_id, str, f"{where}.tool_call_id")
+        results = tuple(part for part in content if isinstance(part, Text | Media))
+        return Message("user", (ToolResult(call_id, results, name=name or ""),))
+    if role == "assistant":
+        content = (*_chat_reasoning(message), *content, *_chat_calls(message, where))
+        if isinstance(message.get("refusal"), str) and message["refusal"]:
+            content = (*content, Refusal(message["refusal"]))
+    return Message(str(role), content, name or "")
+
+
+def _chat_content(content: Json, where: str) -> tuple[Content, ...]:
+    if content is None or content == "":
+        return ()
+    if isinstance(content, str):
+        return (Text(content),)
+    parts = (_chat_part(part, here) for here, part in each_object(content, where))
+    return tuple(part for part in parts if part is not None)
+
+
+def _chat_part(part: JsonObject, where: str) -> Content | None:
+    cache = "5m" if part.get("cache_control") or part.get("prompt_cache_breakpoint") else ""
+    match part.get("type"):
+        case "text":
+            return Text(typed(part.get("text"), str, f"{where}.text"), cache=cache)
+        case "refusal":
+            return Refusal(typed(part.get("refusal"), str, f"{where}.refusal"))
+        case "image_url":
+            image = part.get("image_url")
+            url, detail = (
+                (image, "")
+                if isinstance(image, str)
+                else (dig(image, "url"), dig(image, "detail") or "")
+            )
+            return media_at("image", url, f"{where}.image_url.url", detail=str(detail), cache=cache)
+        case "input_audio":
+            audio = typed(part.get("input_audio"), dict, f"{where}.input_audio")
+            mime = f"audio/{audio.get('format') or 'wav'}"
+            return media_of_bytes("audio", mime, audio.get("data"), f"{where}.input_audio.data")
+        case "file":
+            return _chat_file(
+                typed(part.get("file"), dict, f"{where}.file"), f"{where}.file", cache
+            )
+        case "thinking":  # wire: Mistral's reasoning models; docs.mistral.ai, read 2026-11
+            return None
+    raise BadRequest(
+        f"{where}.type: expected text, image_url, input_audio, file or refusal; "
+        f"got {show_json(part.get('type'))}",
+        param=f"{where}.type",
+    )
+
+
+def _chat_file(file: JsonObject, where: str, cache: str) -> Media:
+    name = str(file.get("filename") or "")
+    if isinstance(file.get("file_id"), str):
+        return Media("document", file_id=file["file_id"], vendor="openai", name=name, cache=cache)
+    data = file.get("file_data")
+    if isinstance(data, str) and not data.startswith(("data:", "http:", "https:")):
+        data = f"data:{mime_of_path('file://x/' + name) or 'application/pdf'};base64,{data}"
+    return media_at("document", data, f"{where}.file_data", name=name, cache=cache)
+
+
+def _chat_calls(message: JsonObject, where: str) -> Iterator[ToolCall]:
+    for here, call in each_object(message.get("tool_calls"), f"{where}.tool_calls"):
+        custom = call.get("type") == "custom"
+        facts = typed(call.get("custom" if custom else "function"), dict, f"{here}.function")
+        text = facts.get("input" if custom else "arguments")
+        yield ToolCall(
+            id=typed(call.get("id"), str, f"{here}.id"),
+            name=typed(facts.get("name"), str, f"{here}.name"),
+            arguments=text if isinstance(text, str) else json.dumps(text or {}),
+            custom=custom,
+            opaque=_chat_google_state(call),
+        )
+    legacy = message.get("function_call")
+    if isinstance(legacy, dict):
+        name = typed(legacy.get("name"), str, f"{where}.function_call.name")
+        yield ToolCall(f"name:{name}", name, str(legacy.get("arguments") or ""))
+
+
+def _chat_google_state(call: JsonObject) -> Opaque | None:
+    # wire: ai.google.dev/gemini-api/docs/openai: Google's own place for it, read 2026-11
+    signature = dig(call, "extra_content", "google", "thought_signature")
+    return opaque_from(signature, "google", "thought")
+
+
+def _chat_named_results(messages: list[Message]) -> tuple[Message, ...]:
+    """Results with the names of the tools that they come from; old functions get call ids."""
+    names: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    done: list[Message] = []
+    for n, message in enumerate(messages):
+        content: list[Content] = []
+        for part in message.content:
+            if isinstance(part, ToolCall):
+                if part.id.startswith("name:"):
+                    counts[part.name] = counts.get(part.name, -1) + 1
+                    part = part._replace(id=f"call_{part.name}_{counts[part.name]}")
+                names[part.id] = part.name
+            elif isinstance(part, ToolResult):
+                part = _chat_named_result(part, names, counts, f"messages[{n}]")
+            content.append(part)
+        done.append(message._replace(content=tuple(content)))
+    return tuple(done)
+
+
+def _chat_named_result(
+    part: ToolResult, names: dict[str, str], counts: dict[str, int], where: str
+) -> ToolResult:
+    ident = part.call_id
+    if ident.startswith("name:"):
+        name = ident.removeprefix("name:")
+        ident = f"call_{name}_{counts.get(name, 0)}"
+    if ident not in names:
+        raise BadRequest(
+            f"{where}.tool_call_id: no call before it has the id {show_json(ident)}",
+            param=f"{where}.tool_call_id",
+        )
+    return part._replace(call_id=ident, name=names[ident])
+
+
+# Opaque state and visible reasoning travel in `reasoning_details`, as OpenRouter spells it, and
+# the reasoning's plain text in `reasoning_content` too.
+# wire: openrouter.ai/docs/use-cases/reasoning-tokens#preserving-reasoning-blocks, read 2026-11
+
+_CHAT_FORMATS = {
+    "anthropic": "anthropic-claude-v1", "openai": "openai-responses-v1",
+    "google": "google-gemini-v1",
+}  # fmt: skip
+_CHAT_SEALED = "bitrouter-v1"
+_CHAT_VENDORS = {spelt: vendor for vendor, spelt in _CHAT_FORMATS.items()}
+_CHAT_KINDS = {"anthropic": "redacted", "openai": "encrypted", "google": "thought"}
+
+
+def _chat_reasoning(message: JsonObject) -> list[Reasoning]:
+    """The reasoning in a message, with its state."""
+    found: list[Reasoning] = []
+    ident = None
+    for entry in as_list(message.get("reasoning_details")):
+        one = _chat_detail(as_object(entry))
+        if one is None:
+            continue
+        if one.opaque and found and found[-1].opaque is None and ident == entry.get("id"):
+            found[-1] = Reasoning(found[-1].text + one.text, one.opaque)
+        else:
+            found.append(one)
+        ident = entry.get("id")
+    plain = message.get("reasoning_content") or message.get("reasoning")
+    if isinstance(plain, str) and plain and not any(one.text for one in found):
+        signed = found[0] if found and found[0].opaque else None
+        if signed and signed.opaque and signed.opaque.kind == "signature":
+            found[0] = Reasoning(plain, signed.opaque)
+        else:
+            found.insert(0, Reasoning(plain))
+    return found
+
+
+def _chat_detail(entry: JsonObject) -> Reasoning | None:
+    spelt = str(entry.get("format") or "")
+    vendor = _CHAT_VENDORS.get(spelt, "")
+    ident = entry["id"] if isinstance(entry.get("id"), str) else ""
+    match entry.get("type"):
+        case "reasoning.text":
+            text = entry["text"] if isinstance(entry.get("text"), str) else ""
+            opaque = opaque_from(entry.get("signature"), vendor, "signature", ident)
+            return Reasoning(text, opaque) if text or opaque else None
+        case "reasoning.summary":
+            return Reasoning(str(entry.get("summary") or ""))
+        case "reasoning.encrypted":
+            kind = _CHAT_KINDS.get(vendor, "encrypted")
+            opaque = opaque_from(entry.get("data"), vendor, kind, ident)
+            return Reasoning("", opaque) if opaque else None
+    return None
+
+
+def _chat_details(block: Reasoning, index: int) -> list[JsonObject]:
+    """A block's state as entries of `reasoning_details`."""
+    opaque = block.opaque
+    if opaque is None:
+        return []
+    known = opaque.vendor in _CHAT_FORMATS
+    common: JsonObject = {"format": _CHAT_FORMATS.get(opaque.vendor, _CHAT_SEALED)}
+    if opaque.id:
+        common["id"] = opaque.id
+    if opaque.kind == "signature":
+        signature = opaque.data if known else seal(opaque)
+        entry = {"type": "reasoning.text", "text": block.text, "signature": signature}
+        return [{"index": index, **entry, **common}]
+    bare = known and opaque.kind == _CHAT_KINDS[opaque.vendor]
+    data = opaque.data if bare else seal(opaque)
+    entries = [{"type": "reasoning.encrypted", "data": data, **common}]
+    if block.text:
+        entries.insert(0, {"type": "reasoning.summary", "summary": block.text, **common})
+    return [{"index": index + n, **entry} for n, entry in enumerate(entries)]
+
+
+# A request for a provider, written.
+
+
+def _chat_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> JsonObject:
+    same = prompt.source is ApiProtocol.CHAT_COMPLETIONS
+    sampling, tools = prompt.sampling, [_chat_render_tool(tool) for tool in prompt.tools]
+    effort = prompt.thinking.effort
+    body = {
+        "model": prompt.model,
+        "messages": _chat_render_messages(prompt, traits),
+        "stream": True if prompt.stream else None,
+        "stream_options": {"include_usage": True} if prompt.stream else None,
+        traits.max_tokens_field: prompt.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "n": sampling.n if sampling.n > 1 else None,
+        "stop": list(sampling.stop) or None,
+        "seed": sampling.seed,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "logit_bias": sampling.logit_bias,
+        "logprobs": None if sampling.logprobs is None else True,
+        "top_logprobs": sampling.logprobs or None,
+        "tools": tools or None,
+        "tool_choice": _chat_render_choice(prompt.tool_choice) if tools else None,
+        "parallel_tool_calls": prompt.parallel_tools if tools else None,
+        "response_format": _chat_render_output(prompt.output, losses),
+        "verbosity": prompt.verbosity or None,
+        "reasoning_effort": nearest_effort(effort, traits.efforts) or None,
+        "service_tier": prompt.tier or None,
+        "safety_identifier" if traits.official else "user": prompt.user or None,
+        "prompt_cache_key": prompt.cache_key or None,
+        "metadata": prompt.metadata,
+        "store": prompt.store,
+        **(prompt.extra if same else {}),
+    }
+    return no_nulls(body)
+
+
+def _chat_render_tool(tool: Tool) -> JsonObject:
+    if tool.native:
+        return tool.native.value
+    if tool.kind == "custom":
+        grammar = tool.format or {}
+        spelt: JsonObject = {"type": grammar.get("type", "text")}
+        if spelt["type"] == "grammar":
+            spelt["grammar"] = {k: v for k, v in grammar.items() if k != "type"}
+        facts = {"name": tool.name, "description": tool.description or None}
+        return {"type": "custom", "custom": {**no_nulls(facts), "format": spelt}}
+    function = {
+        "name": tool.name,
+        "description": tool.description or None,
+        "parameters": object_schema(tool.schema),
+        "strict": tool.strict,
+    }
+    return {"type": "function", "function": no_nulls(function)}
+
+
+def _chat_render_choice(choice: ToolChoice | None) -> Json:
+    if choice is None:
+        return None
+    tools = [{"type": "function", "function": {"name": name}} for name in choice.names]
+    if choice.mode == "named":
+        return tools[0]
+    if choice.mode == "allowed":
+        mode = "required" if choice.must else "auto"
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+    return choice.mode
+
+
+def _chat_render_output(output: OutputFormat | None, losses: Losses) -> JsonObject | None:
+    if output is None:
+        return None
+    if output.kind == "json_object":
+        return {"type": "json_object"}
+    schema, strict = output.schema or {}, output.strict
+    if strict:
+        fitting = strict_for_openai(schema)
+        if fitting is None:
+            losses.add("strict_schema_unsupported", "response_format")
+        schema, strict = fitting or schema, fitting is not None
+    facts = {
+        "name": re.sub(r"[^a-zA-Z0-9_-]", "_", output.name)[:64] or "response",
+        "description": output.description or None,
+        "schema": schema,
+        "strict": strict,
+    }
+    return {"type": "json_schema", "json_schema": no_nulls(facts)}
+
+
+def _chat_render_messages(prompt: Prompt, traits: Traits) -> list[JsonObject]:
+    rendered: list[JsonObject] = []
+    shown: list[JsonObject] = []  # images from tool results, until all results have been told
+    for message in prompt.messages:
+        results = [part for part in message.content if isinstance(part, ToolResult)]
+        if shown and not results:
+            rendered.append({"role": "user", "content": shown})
+            shown = []
+        rendered += [_chat_result(result, shown) for result in results]
+        if message.role == "user":
+            content = [_chat_render_part(p) for p in message.content if isinstance(p, Text | Media)]
+            if content:
+                rendered.append(_chat_named("user", [*shown, *content], message.name))
+                shown = []
+        elif message.role == "assistant":
+            rendered += _chat_render_assistant(message, traits)
+        else:
+            role = message.role if traits.developer_role else "system"
+            text = joined_text(message.content)
+            rendered.append(_chat_named(role, text, message.name))
+    if shown:
+        rendered.append({"role": "user", "content": shown})
+    return rendered
+
+
+def _chat_named(role: str, content: Json, name: str) -> JsonObject:
+    if isinstance(content, list) and len(content) == 1 and content[0].get("type") == "text":
+        content = content[0]["text"]
+    return {"role": role, "content": content, **({"name": name} if name else {})}
+
+
+def _chat_result(result: ToolResult, shown: list[JsonObject]) -> JsonObject:
+    """A tool's result. Images have no place in it: they are shown after the last one."""
+    texts, media = [], 0
+    for part in result.content:
+        plain = part.text if isinstance(part, Text) else text_in(part)
+        if plain is not None:
+            texts.append(plain)
+        elif isinstance(part, Media):
+            media += 1
+            shown.append(_chat_render_part(part))
+    if media:
+        noun = "file" if media == 1 else f"{media} files"
+        texts.append(f"[the {noun} of this result: in the next user message]")
+        shown.insert(
+            len(shown) - media, {"type": "text", "text": f"From tool call {result.call_id}:"}
+        )
+    text = "\n".join(texts)
+    if result.is_error:
+        text = f"Error: {text}"
+    return {"role": "tool", "tool_call_id": result.call_id, "content": text}
+
+
+def _chat_render_part(part: Text | Media) -> JsonObject:
+    if isinstance(part, Text):
+        return {"type": "text", "text": part.text}
+    where = part.url or (data_url(part) if part.data else "")
+    if part.kind == "image" and where:
+        image = {"url": where, **({"detail": part.detail} if part.detail else {})}
+        return {"type": "image_url", "image_url": image}
+    if part.kind == "audio" and part.data:
+        form = {"audio/mpeg": "mp3", "audio/x-wav": "wav"}.get(part.mime) or part.mime[6:]
+        return {"type": "input_audio", "input_audio": {"data": part.data, "format": form}}
+    if part.kind == "document":
+        plain = text_in(part)
+        if plain is not None:
+            return {"type": "text", "text": plain}
+        if part.file_id:
+            return {"type": "file", "file": {"file_id": part.file_id}}
+        return {"type": "file", "file": {"filename": part.name or "file.pdf", "file_data": where}}
+    raise refuse_part(part, "Chat Completions")
+
+
+def _chat_render_assistant(message: Message, traits: Traits) -> list[JsonObject]:
+    text = joined_text(message.content, "")
+    calls = [_chat_call(part) for part in message.content if isinstance(part, ToolCall)]
+    refusal = "".join(part.text for part in message.content if isinstance(part, Refusal))
+    if not (text or calls or refusal):
+        return []
+    rendered: JsonObject = _chat_named("assistant", text or None, message.name)
+    if refusal:
+        rendered["refusal"] = refusal
+    if calls:
+        rendered["tool_calls"] = calls
+    reasoning = [part for part in message.content if isinstance(part, Reasoning)]
+    if traits.echoes_reasoning and any(part.text for part in reasoning):
+        rendered["reasoning_content"] = "".join(part.text for part in reasoning)
+    details: list[JsonObject] = []
+    for one in reasoning:
+        details += _chat_details(one, len(details))
+    if details:
+        rendered["reasoning_details"] = details
+    return [rendered]
+
+
+# An answer, for a caller.
 
 
 def _chat_render_response(
-    prompt: Prompt, label: AnswerLabel, parts: list[StreamPart]
+    prompt: Prompt,
+    label: AnswerLabel,
+    choices: list[Choice],
+    usage: Usage,
+    losses: Losses,  # noqa: ARG001  nothing is lost
 ) -> JsonObject:
-    message: JsonObject = {"role": "assistant", "content": None, "refusal": None}
-    text = "".join(part.text for part in parts if isinstance(part, TextDelta))
-    calls = [_chat_call(part) for part in parts if isinstance(part, ToolCall)]
-    message["content"] = text or None
-    if calls:
-        message["tool_calls"] = calls
-    last = parts[-1]
-    assert isinstance(last, Finished)  # noqa: S101  a part list always ends so
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": last.finish}
+    rendered = [_chat_render_answer(prompt, choice) for choice in choices]
     return {
         "id": f"chatcmpl-{label.id}",
         "object": "chat.completion",
         "created": label.created,
-        "model": prompt.model,
-        "choices": [choice],
-        "usage": _chat_render_usage(last.usage),
+        "model": label.model,
+        "choices": rendered,
+        "usage": _chat_render_usage(usage),
     }
 
 
+def _chat_render_answer(prompt: Prompt, choice: Choice) -> JsonObject:
+    message: JsonObject = {"role": "assistant", "content": None, "refusal": None}
+    texts = [part for part in choice.content if isinstance(part, Text)]
+    message["content"] = "".join(part.text for part in texts) or None
+    message["refusal"] = "".join(p.text for p in choice.content if isinstance(p, Refusal)) or None
+    calls = [_chat_call(part) for part in choice.content if isinstance(part, ToolCall)]
+    finish = _chat_finish(prompt, choice.finished)
+    if calls and prompt.legacy_functions:
+        message["function_call"] = calls[0]["function"]
+    elif calls:
+        message["tool_calls"] = calls
+    if reasoning := "".join(p.text for p in choice.content if isinstance(p, Reasoning)):
+        message["reasoning_content"] = reasoning
+    details: list[JsonObject] = []
+    images: list[JsonObject] = []
+    for part in choice.content:
+        if isinstance(part, Reasoning):
+            details += _chat_details(part, len(details))
+        elif isinstance(part, Media):
+            images.append({"type": "image_url", "image_url": {"url": data_url(part)}})
+    more = {
+        "reasoning_details": details,
+        "images": images,
+        "annotations": _chat_annotations(texts),
+    }
+    message |= {key: value for key, value in more.items() if value}
+    logprobs = [one for part in texts for one in part.logprobs]
+    return {
+        "index": choice.finished.choice,
+        "message": message,
+        "logprobs": {"content": logprobs, "refusal": None} if logprobs else None,
+        "finish_reason": finish,
+        **_chat_native_finish(choice.finished),
+    }
+
+
+def _chat_annotations(texts: list[Text]) -> list[JsonObject]:
+    found, before = [], 0
+    for text in texts:
+        for cited in text.citations:
+            facts: JsonObject = {"url": cited.url, "title": cited.title}
+            facts |= {"start_index": cited.start + before, "end_index": cited.end + before}
+            found.append({"type": "url_citation", "url_citation": facts})
+        before += len(text.text)
+    return found
+
+
+_CHAT_FINISHES, _CHAT_MEANINGS = finish_words(1)
+
+
+def _chat_finish(prompt: Prompt, finished: Finished) -> str:
+    if finished.finish is Finish.TOOL_CALLS and prompt.legacy_functions:
+        return "function_call"
+    return _CHAT_FINISHES[finished.finish]
+
+
+def _chat_native_finish(finished: Finished) -> JsonObject:
+    return {"native_finish_reason": finished.raw} if finished.raw else {}
+
+
 def _chat_call(call: ToolCall) -> JsonObject:
-    function = {"name": call.name, "arguments": call.arguments}
-    return {"id": call.id, "type": "function", "function": function}
+    if call.custom:
+        custom = {"name": call.name, "input": call.arguments}
+        return {"id": call.id, "type": "custom", "custom": custom}
+    function = {"name": call.name, "arguments": call.arguments or "{}"}
+    rendered: JsonObject = {"id": call.id, "type": "function", "function": function}
+    if call.opaque:
+        signature = sealed_for(call.opaque, "google", "thought")
+        rendered["extra_content"] = {"google": {"thought_signature": signature}}
+    return rendered
 
 
 def _chat_render_usage(usage: Usage) -> JsonObject:
@@ -1374,41 +3111,351 @@ def _chat_render_usage(usage: Usage) -> JsonObject:
         "prompt_tokens": usage.input_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.input_tokens + usage.output_tokens,
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+        },
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
 
 class _ChatEncoder:
+    """wire: role, id and name once; indices from 0; usage in the last chunk; then [DONE]."""
+
     def __init__(self, prompt: Prompt, label: AnswerLabel) -> None:
-        self._head = {
+        head = {
             "id": f"chatcmpl-{label.id}",
             "object": "chat.completion.chunk",
             "created": label.created,
-            "model": prompt.model,
+            "model": label.model,
         }
-        self._wants_usage = prompt.wants_usage
-        self._calls = 0
-        self._opened = False
+        self._prompt = prompt
+        self._head = head
+        self._usage = {"usage": None} if prompt.wants_usage else {}
+        self._blocks: dict[int, tuple[Block, int, int]] = {}  # key -> block, choice, tool's index
+        self._grown: dict[int, list[str]] = {}  # reasoning, to be told whole with its state
+        self._calls: dict[int, int] = {}
+        self._details: dict[int, int] = {}
+        self._opened = 0  # choices that have had their first chunk
+        # wire: OpenAI's Python SDK fails on strict tools whose calls grow side by side (3.57.0)
+        self._in_order: dict[int, InOrder] = {}
+        self._choices: dict[int, int] = {}
 
     def encode(self, part: StreamPart) -> bytes:
-        opening = b"" if self._opened else self._chunk({"role": "assistant", "content": ""})
-        self._opened = True
+        if isinstance(part, Open):
+            self._choices[part.key] = part.choice
+        choice = part.choice if isinstance(part, Finished) else self._choices[part.key]
+        in_order = self._in_order.setdefault(choice, InOrder())
+        return b"".join([self._encode(one) for one in in_order.feed(part)])
+
+    def _encode(self, part: StreamPart) -> bytes:
         match part:
-            case TextDelta(text):
-                return opening + self._chunk({"content": text})
-            case ToolCall():
-                self._calls += 1
-                call = {"index": self._calls - 1, **_chat_call(part)}
-                return opening + self._chunk({"tool_calls": [call]})
-            case Finished(finish, usage):
-                return opening + self._chunk({}, finish) + self._end(usage)
+            case Delta():
+                return self._delta(part)
+            case Open():
+                return self._opening(part.choice) + self._open(part)
+            case Close():
+                return self._close(part)
+            case Cite():
+                _, choice, _ = self._blocks[part.key]
+                noted = _chat_annotations([Text(citations=(part.citation,))])
+                return self._chunk(choice, {"annotations": [{"index": 0, **noted[0]}]})
+            case Finished():
+                out = self._opening(part.choice)
+                finish = _chat_finish(self._prompt, part)
+                return out + self._chunk(part.choice, {}, finish, **_chat_native_finish(part))
 
-    def _chunk(self, delta: JsonObject, finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return sse_encode(compact({**self._head, "choices": [choice]}))
-
-    def _end(self, usage: Usage) -> bytes:
+    def end(self, usage: Usage) -> bytes:
         chunk = {**self._head, "choices": [], "usage": _chat_render_usage(usage)}
-        return (sse_encode(compact(chunk)) if self._wants_usage else b"") + CHAT.end_mark
+        told = sse_encode(compact(chunk)) if self._prompt.wants_usage else b""
+        return told + CHAT.end_mark
+
+    def fail(self, error: BitrouterError) -> bytes:
+        return sse_encode(compact(openai_render_error(error)))
+
+    def _opening(self, choice: int) -> bytes:
+        """The first chunks of all choices up to this one, in order."""
+        out = b""
+        while self._opened <= choice:
+            out += self._chunk(self._opened, {"role": "assistant", "content": ""})
+            self._opened += 1
+        return out
+
+    def _open(self, part: Open) -> bytes:
+        block, choice = part.block, part.choice
+        index = 0
+        if isinstance(block, ToolCall):
+            index = self._calls.get(choice, 0)
+            self._calls[choice] = index + 1
+        self._blocks[part.key] = (block, choice, index)
+        if isinstance(block, Reasoning):
+            self._grown[part.key] = []
+        if isinstance(block, Media):
+            image = {"index": 0, "type": "image_url", "image_url": {"url": data_url(block)}}
+            return self._chunk(choice, {"images": [image]})
+        if not isinstance(block, ToolCall):
+            return b""
+        if self._prompt.legacy_functions:
+            return self._chunk(choice, {"function_call": {"name": block.name, "arguments": ""}})
+        opening = _chat_call(block)
+        if not block.custom:
+            opening["function"]["arguments"] = ""
+        return self._chunk(choice, {"tool_calls": [{"index": index, **opening}]})
+
+    def _delta(self, part: Delta) -> bytes:
+        block, choice, index = self._blocks[part.key]
+        if isinstance(block, Text):
+            more: JsonObject = {}
+            if part.logprobs:
+                more["logprobs"] = {"content": list(part.logprobs), "refusal": None}
+            return self._chunk(choice, {"content": part.text}, **more)
+        if isinstance(block, Reasoning):
+            self._grown[part.key].append(part.text)
+            return self._chunk(choice, {"reasoning_content": part.text})
+        if isinstance(block, Refusal):
+            return self._chunk(choice, {"refusal": part.text})
+        if self._prompt.legacy_functions:
+            return self._chunk(choice, {"function_call": {"arguments": part.text}})
+        self._blocks[part.key] = (with_text(block, "x"), choice, index)
+        inner = (
+            {"custom": {"input": part.text}}
+            if isinstance(block, ToolCall) and block.custom
+            else {"function": {"arguments": part.text}}
+        )
+        return self._chunk(choice, {"tool_calls": [{"index": index, **inner}]})
+
+    def _close(self, part: Close) -> bytes:
+        block, choice, index = self._blocks.pop(part.key)
+        if isinstance(block, ToolCall):
+            if block.arguments or block.custom or self._prompt.legacy_functions:
+                return b""
+            # wire: OpenAI's TypeScript SDK gives "" for a call that has had no arguments
+            call = {"index": index, "function": {"arguments": "{}"}}
+            return self._chunk(choice, {"tool_calls": [call]})
+        if part.opaque is None or not isinstance(block, Reasoning):
+            return b""
+        text = "".join(self._grown.pop(part.key, ()))
+        at = self._details.get(choice, 0)
+        details = _chat_details(Reasoning(text, part.opaque), at)
+        self._details[choice] = at + len(details)
+        return self._chunk(choice, {"reasoning_details": details})
+
+    def _chunk(
+        self, choice: int, delta: JsonObject, finish: str | None = None, **more: Json
+    ) -> bytes:
+        facts = {"index": choice, "delta": delta, "logprobs": None, "finish_reason": finish, **more}
+        return sse_encode(compact({**self._head, "choices": [facts], **self._usage}))
+
+
+# A provider's answer, read.
+
+
+class _ChatDecoder:
+    def __init__(self, vendor: str) -> None:
+        self.model = ""
+        self._vendor = vendor
+        self._keys = itertools.count()
+        self._open: dict[int, dict[str, int]] = {}  # choice -> what is open in it -> key
+        self._calls: dict[tuple[int, Json], int] = {}  # choice and index -> key
+        self._ids: dict[int, str] = {}  # key -> call id
+        self._states: dict[int, list[Reasoning]] = {}
+
+    def feed(self, value: JsonObject) -> list[StreamPart]:
+        if not self.model and isinstance(value.get("model"), str):
+            self.model = value["model"]
+        out: list[StreamPart] = []
+        for choice in as_list(value.get("choices")):
+            index = whole(dig(choice, "index"))
+            delta = dig(choice, "delta")
+            if isinstance(delta, dict):
+                self._delta(out, index, delta, dig(choice, "logprobs", "content"))
+            finish = dig(choice, "finish_reason")
+            if isinstance(finish, str) and finish:
+                out += self._end_choice(index, finish)
+        return out
+
+    def finish(self) -> list[StreamPart]:
+        return [part for index in list(self._open) for part in self._close_all(index)]
+
+    def whole(self, value: JsonObject) -> list[StreamPart]:
+        self.model = str(value.get("model") or "")
+        out: list[StreamPart] = []
+        for choice in as_list(value.get("choices")):
+            index = whole(dig(choice, "index"))
+            message = as_object(dig(choice, "message"))
+            logprobs = dig(choice, "logprobs", "content")
+            for block in _chat_answer_blocks(message, self._vendor, logprobs):
+                out += parts_of(block, next(self._keys), index)
+            finish = dig(choice, "finish_reason") or ""
+            meaning = _CHAT_MEANINGS.get(finish, Finish.STOP)
+            refused = isinstance(message.get("refusal"), str) and message["refusal"]
+            out.append(Finished(Finish.REFUSAL if refused else meaning, index, str(finish)))
+        return out
+
+    def _delta(self, out: list[StreamPart], choice: int, delta: JsonObject, logprobs: Json) -> None:
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        for entry in as_list(delta.get("reasoning_details")):
+            reasoning = self._detail(choice, as_object(entry), reasoning)
+        if isinstance(reasoning, str) and reasoning:
+            out += self._grow(choice, "reasoning", Reasoning(), reasoning)
+        content = delta.get("content")
+        if isinstance(content, list):  # wire: Mistral's thinking; docs.mistral.ai, read 2026-11
+            for part in content:
+                self._listed(out, choice, as_object(part))
+        elif isinstance(content, str) and content:
+            told = tuple(one for one in as_list(logprobs) if isinstance(one, dict))
+            out += self._grow(choice, "text", Text(), content, told)
+        if isinstance(delta.get("refusal"), str) and delta["refusal"]:
+            out += self._grow(choice, "refusal", Refusal(), delta["refusal"])
+        for cited in as_list(delta.get("annotations")):
+            if (citation := _chat_citation(cited)) and "text" in self._open.get(choice, {}):
+                out.append(Cite(self._open[choice]["text"], citation))
+        for call in as_list(delta.get("tool_calls")):
+            self._call(out, choice, as_object(call))
+        if isinstance(delta.get("function_call"), dict):
+            legacy = delta["function_call"]
+            self._call(out, choice, {"index": 0, "function": legacy})
+        for image in as_list(delta.get("images")):
+            out += self._image(choice, image)
+
+    def _grow(
+        self, choice: int, kind: str, block: Block, text: str, logprobs: tuple[JsonObject, ...] = ()
+    ) -> list[StreamPart]:
+        open_here = self._open.setdefault(choice, {})
+        if kind in open_here:
+            return [Delta(open_here[kind], text, logprobs)]
+        out = self._close_all(choice, calls_too=False)
+        key = next(self._keys)
+        self._open[choice][kind] = key
+        return [*out, Open(key, block, choice), Delta(key, text, logprobs)]
+
+    def _listed(self, out: list[StreamPart], choice: int, part: JsonObject) -> None:
+        if part.get("type") == "thinking":
+            text = "".join(str(dig(one, "text") or "") for one in as_list(part.get("thinking")))
+            out += self._grow(choice, "reasoning", Reasoning(), text) if text else []
+        elif isinstance(part.get("text"), str) and part["text"]:
+            out += self._grow(choice, "text", Text(), part["text"])
+
+    def _detail(self, choice: int, entry: JsonObject, plain: Json) -> Json:
+        """Remember an entry's state; its text counts if it came in no plainer way."""
+        one = _chat_detail({**entry, "format": entry.get("format") or ""})
+        if one is None:
+            return plain
+        if one.opaque:
+            vendor = one.opaque.vendor or self._vendor
+            state = one._replace(text="", opaque=one.opaque._replace(vendor=vendor))
+            self._states.setdefault(choice, []).append(state)
+        return plain or one.text
+
+    def _call(self, out: list[StreamPart], choice: int, call: JsonObject) -> None:
+        """One delta of a call. Some servers leave out the index, repeat it for the next call, or
+        repeat id and name: a new id is a new call, whatever its index says."""
+        ident, index = call.get("id"), call.get("index")
+        at = (choice, index if isinstance(index, int) else ident)
+        key = self._calls.get(at)
+        facts = as_object(call.get("custom") or call.get("function"))
+        if at[1] is None and self._calls:
+            key = next(reversed(self._calls.values()))
+        if key is not None and isinstance(ident, str) and ident and ident != self._ids[key]:
+            key = next((k for k, known in self._ids.items() if known == ident), None)
+        name = facts.get("name")
+        text = facts.get("input" if "custom" in call else "arguments")
+        if key is None:
+            key = next(self._keys)
+            self._calls[at] = key
+            self._ids[key] = ident if isinstance(ident, str) else ""
+            out += self._close_all(choice, calls_too=False)
+            block = ToolCall(
+                self._ids[key], str(name or ""), "", "custom" in call, _chat_google_state(call)
+            )
+            self._open.setdefault(choice, {})[f"call {key}"] = key
+            out.append(Open(key, block, choice))
+        if isinstance(text, dict):
+            text = json.dumps(text)
+        if isinstance(text, str) and text:
+            out.append(Delta(key, text))
+
+    def _image(self, choice: int, image: Json) -> Iterator[StreamPart]:
+        url = dig(image, "image_url", "url")
+        if isinstance(url, str) and url:
+            yield from self._close_all(choice, calls_too=False)
+            yield from parts_of(media_at("image", url, "images"), next(self._keys), choice)
+
+    def _close_all(self, choice: int, *, calls_too: bool = True) -> list[StreamPart]:
+        out: list[StreamPart] = []
+        open_here = self._open.setdefault(choice, {})
+        for kind in [k for k in open_here if calls_too or not k.startswith("call ")]:
+            states = self._states.pop(choice, []) if kind == "reasoning" else []
+            key = open_here.pop(kind)
+            out.append(Close(key, states[0].opaque if states else None))
+            for state in states[1:]:
+                out += parts_of(state, next(self._keys), choice)
+        for state in self._states.pop(choice, []):
+            out += parts_of(state, next(self._keys), choice)
+        return out
+
+    def _end_choice(self, choice: int, finish: str) -> list[StreamPart]:
+        refused = "refusal" in self._open.get(choice, {})
+        out = self._close_all(choice)
+        meaning = _CHAT_MEANINGS.get(finish, Finish.STOP)
+        return [*out, Finished(Finish.REFUSAL if refused else meaning, choice, finish)]
+
+
+def _chat_answer_blocks(message: JsonObject, vendor: str, logprobs: Json) -> Iterator[Block]:
+    for one in _chat_reasoning(message):
+        if one.opaque and not one.opaque.vendor:
+            one = Reasoning(one.text, one.opaque._replace(vendor=vendor))
+        yield one
+    content = message.get("content")
+    if isinstance(content, list):
+        content = "".join(str(dig(p, "text") or "") for p in content)
+    if isinstance(content, str) and content:
+        cited = [_chat_citation(one) for one in as_list(message.get("annotations"))]
+        told = tuple(one for one in as_list(logprobs) if isinstance(one, dict))
+        yield Text(content, tuple(c for c in cited if c), logprobs=told)
+    if isinstance(message.get("refusal"), str) and message["refusal"]:
+        yield Refusal(message["refusal"])
+    for image in as_list(message.get("images")):
+        if isinstance(dig(image, "image_url", "url"), str):
+            yield media_at("image", image["image_url"]["url"], "images")
+    yield from _chat_calls(_chat_with_ids(message), "message")
+
+
+def _chat_with_ids(message: JsonObject) -> JsonObject:
+    """A message whose calls all have ids; some compatible servers leave them out."""
+    calls = as_list(message.get("tool_calls"))
+    if all(dig(call, "id") for call in calls):
+        return message
+    return {**message, "tool_calls": [{"id": "", **no_nulls(as_object(call))} for call in calls]}
+
+
+def _chat_citation(cited: Json) -> Citation | None:
+    facts = as_object(dig(cited, "url_citation") or cited)
+    if not isinstance(facts.get("url"), str):
+        return None
+    start, end = whole(facts.get("start_index")), whole(facts.get("end_index"))
+    return Citation(facts["url"], str(facts.get("title") or ""), start, end)
+
+
+def _chat_unseal(body: JsonObject, vendor: str) -> bool:  # noqa: ARG001
+    """Entries of `reasoning_details` say whose they are; only what is sealed is ours to open."""
+    changed = False
+    for message in as_list(body.get("messages")):
+        for call in as_list(dig(message, "tool_calls")):
+            google = dig(call, "extra_content", "google")
+            if google and str(google.get("thought_signature")).startswith(ENVELOPE):
+                del call["extra_content"]
+                changed = True
+        details = dig(message, "reasoning_details")
+        kept = [
+            entry
+            for entry in as_list(details)
+            if not str(dig(entry, "data") or dig(entry, "signature")).startswith(ENVELOPE)
+        ]
+        if isinstance(details, list) and len(kept) < len(details):
+            message["reasoning_details"] = kept
+            changed = True
+    return changed
 
 
 CHAT = Codec(
@@ -1426,13 +3473,17 @@ CHAT = Codec(
     frame=_chat_frame,
     fail_stream=_chat_fail_stream,
     parse_request=_chat_parse_request,
+    render_request=_chat_render_request,
     render_response=_chat_render_response,
+    decoder=_ChatDecoder,
     encoder=_ChatEncoder,
+    names=re.compile(r"[A-Za-z0-9_-]{1,64}"),
+    unseal=_chat_unseal,
 )
 
 
 # ---------------------------------------------------------------------------------------------
-# 7. responses: OpenAI Responses (pure)
+# 9. responses: OpenAI Responses (pure)
 # ---------------------------------------------------------------------------------------------
 # wire: platform.openai.com/docs/api-reference/responses-streaming, read 2026-11. Each event has
 # an `event:` line equal to its data's type, and a sequence_number one above the last.
@@ -1502,6 +3553,881 @@ def _responses_fail_stream(error: BitrouterError, state: StreamState, last: byte
     return sse_encode(compact(event), "response.failed")
 
 
+# A caller's request, read.
+
+_RESPONSES_KNOWN = frozenset({
+    "model", "input", "instructions", "stream", "stream_options", "max_output_tokens",
+    "temperature", "top_p", "top_logprobs", "include", "tools", "tool_choice",
+    "parallel_tool_calls", "text", "reasoning", "service_tier", "user", "safety_identifier",
+    "prompt_cache_key", "metadata", "store", "client_metadata", "previous_response_id",
+})  # fmt: skip
+_RESPONSES_LOGPROBS = "message.output_text.logprobs"
+_RESPONSES_STATE = "reasoning.encrypted_content"
+
+
+def _responses_parse_request(body: JsonObject) -> Prompt:
+    messages, more_tools = _responses_input(body.get("input"))
+    instructions = maybe(body, "instructions", str)
+    if instructions:
+        messages.insert(0, Message("system", (Text(instructions),)))
+    if not any(message.role in ("user", "assistant", "developer") for message in messages):
+        raise BadRequest("input: expected a text or a list with at least one item", param="input")
+    text = maybe(body, "text", dict) or {}
+    tools = [*each_object(body.get("tools"), "tools"), *more_tools]
+    wants_logprobs = _RESPONSES_LOGPROBS in as_list(body.get("include"))
+    top_logprobs = count_in(body, "top_logprobs")
+    return Prompt(
+        model=str(body.get("model")),
+        messages=tuple(messages),
+        source=ApiProtocol.RESPONSES,
+        stream=body.get("stream") is True,
+        max_tokens=count_in(body, "max_output_tokens"),
+        sampling=Sampling(
+            temperature=number(body, "temperature"),
+            top_p=number(body, "top_p"),
+            logprobs=top_logprobs or 0 if wants_logprobs or top_logprobs else None,
+        ),
+        tools=tuple(tool for here, one in tools for tool in _responses_tools(one, here)),
+        tool_choice=_responses_tool_choice(body.get("tool_choice")),
+        parallel_tools=maybe(body, "parallel_tool_calls", bool),
+        output=_responses_output(text.get("format")),
+        thinking=_responses_thinking(maybe(body, "reasoning", dict) or {}),
+        verbosity=text["verbosity"] if isinstance(text.get("verbosity"), str) else "",
+        tier=maybe(body, "service_tier", str) or "",
+        user=maybe(body, "safety_identifier", str) or maybe(body, "user", str) or "",
+        cache_key=maybe(body, "prompt_cache_key", str) or "",
+        metadata=maybe(body, "metadata", dict),
+        store=maybe(body, "store", bool),
+        extra=the_rest(body, _RESPONSES_KNOWN),
+    )
+
+
+def _responses_thinking(reasoning: JsonObject) -> Thinking:
+    effort, summary = reasoning.get("effort"), reasoning.get("summary")
+    visible = None if summary is None else summary != "none"
+    return Thinking(effort if isinstance(effort, str) else "", visible=visible)
+
+
+def _responses_output(wanted: Json) -> OutputFormat | None:
+    facts = as_object(wanted)
+    if facts.get("type") == "json_object":
+        return OutputFormat("json_object")
+    if facts.get("type") != "json_schema":
+        return None
+    return OutputFormat(
+        "json_schema",
+        name=str(facts.get("name") or "response"),
+        description=str(facts.get("description") or ""),
+        schema=typed(facts.get("schema"), dict, "text.format.schema"),
+        strict=maybe(facts, "strict", bool),
+    )
+
+
+def _responses_tools(tool: JsonObject, where: str, namespace: str = "") -> Iterator[Tool]:
+    kind = tool.get("type")
+    if kind == "namespace":
+        # wire: as Codex 0.169 sends it: a list of functions under one name
+        name = typed(tool.get("name"), str, f"{where}.name")
+        for here, inner in each_object(tool.get("tools"), f"{where}.tools"):
+            yield from _responses_tools(inner, here, name)
+    elif kind in ("function", "custom"):
+        yield Tool(
+            name=typed(tool.get("name"), str, f"{where}.name"),
+            description=maybe(tool, "description", str) or "",
+            schema=maybe(tool, "parameters", dict),
+            strict=maybe(tool, "strict", bool),
+            kind=kind,
+            format=maybe(tool, "format", dict),
+            namespace=namespace,
+        )
+    else:
+        name = WEB_SEARCH if str(kind).startswith("web_search") else str(kind)
+        yield Tool(name, kind="hosted", native=Native(ApiProtocol.RESPONSES, tool))
+
+
+def _responses_tool_choice(choice: Json) -> ToolChoice | None:
+    if choice is None:
+        return None
+    if choice in ("auto", "none", "required"):
+        return ToolChoice(choice)
+    typed(choice, dict, "tool_choice")
+    if choice.get("type") == "allowed_tools":
+        names = [dig(tool, "name") for tool in as_list(choice.get("tools"))]
+        must = choice.get("mode") == "required"
+        return ToolChoice("allowed", tuple(n for n in names if isinstance(n, str)), must)
+    name = choice.get("name") or choice.get("type")
+    return ToolChoice("named", (typed(name, str, "tool_choice.name"),))
+
+
+def _responses_input(given: Json) -> tuple[list[Message], list[tuple[str, JsonObject]]]:
+    """The messages of an input, and the tools that stand in it."""
+    if isinstance(given, str):
+        return [Message("user", (Text(given),))], []
+    messages: list[Message] = []
+    tools: list[tuple[str, JsonObject]] = []
+    names: dict[str, str] = {}
+    for where, item in each_object(given, "input"):
+        if item.get("type") == "additional_tools":
+            tools += each_object(item.get("tools"), f"{where}.tools")
+            continue
+        message = _responses_item(item, where, names)
+        last = messages[-1] if messages else None
+        if last and last.role == message.role == "assistant":
+            messages[-1] = last._replace(content=last.content + message.content)
+        else:
+            messages.append(message)
+    return messages, tools
+
+
+def _responses_item(item: JsonObject, where: str, names: dict[str, str]) -> Message:
+    kind = item.get("type") or ("message" if "role" in item else None)
+    if kind == "message":
+        return _responses_message(item, where)
+    if kind in ("function_call", "custom_tool_call"):
+        call = _responses_call(item, where)
+        names[call.id] = call.name
+        return Message("assistant", (call,))
+    if kind in ("function_call_output", "custom_tool_call_output"):
+        return Message("user", (_responses_result(item, where, names),))
+    if kind == "reasoning":
+        return Message("assistant", (_responses_reasoning(item, "openai"),))
+    if kind == "item_reference":
+        raise BadRequest(
+            f"{where}: item_reference points to what only the provider that stored it knows; "
+            "send the item itself",
+            param=where,
+        )
+    if not isinstance(kind, str):
+        raise BadRequest(f"{where}.type: expected a kind of item", param=f"{where}.type")
+    return Message("assistant", (Native(ApiProtocol.RESPONSES, item),))
+
+
+def _responses_call(item: JsonObject, where: str) -> ToolCall:
+    custom = item.get("type") == "custom_tool_call"
+    text = item.get("input" if custom else "arguments")
+    return ToolCall(
+        id=typed(item.get("call_id"), str, f"{where}.call_id"),
+        name=typed(item.get("name"), str, f"{where}.name"),
+        arguments=text if isinstance(text, str) else "",
+        custom=custom,
+        namespace=item["namespace"] if isinstance(item.get("namespace"), str) else "",
+    )
+
+
+def _responses_result(item: JsonObject, where: str, names: dict[str, str]) -> ToolResult:
+    ident = typed(item.get("call_id"), str, f"{where}.call_id")
+    if ident not in names:
+        raise BadRequest(
+            f"{where}.call_id: no call before it has the id {show_json(ident)}",
+            param=f"{where}.call_id",
+        )
+    content = _responses_content(item.get("output"), f"{where}.output")
+    told = tuple(part for part in content if isinstance(part, Text | Media))
+    custom = item.get("type") == "custom_tool_call_output"
+    return ToolResult(ident, told, name=names[ident], custom=custom)
+
+
+def _responses_reasoning(item: JsonObject, vendor: str) -> Reasoning:
+    parts = as_list(item.get("summary")) or as_list(item.get("content"))
+    text = "\n\n".join(p["text"] for p in parts if isinstance(dig(p, "text"), str))
+    ident = item["id"] if isinstance(item.get("id"), str) else ""
+    return Reasoning(text, opaque_from(item.get("encrypted_content"), vendor, "encrypted", ident))
+
+
+_RESPONSES_ROLES = ("user", "assistant", "system", "developer")
+
+
+def _responses_message(item: JsonObject, where: str) -> Message:
+    role = item.get("role")
+    if role not in _RESPONSES_ROLES:
+        known = ", ".join(_RESPONSES_ROLES)
+        raise BadRequest(
+            f"{where}.role: expected one of {known}; got {show_json(role)}", param=f"{where}.role"
+        )
+    return Message(str(role), _responses_content(item.get("content"), f"{where}.content"))
+
+
+def _responses_content(content: Json, where: str) -> tuple[Content, ...]:
+    if content is None or content == "":
+        return ()
+    if isinstance(content, str):
+        return (Text(content),)
+    return tuple(_responses_part(part, here) for here, part in each_object(content, where))
+
+
+def _responses_part(part: JsonObject, where: str) -> Content:
+    cache = "5m" if part.get("prompt_cache_breakpoint") else ""
+    match part.get("type"):
+        case "input_text" | "output_text" | "text" | "summary_text":
+            return Text(typed(part.get("text"), str, f"{where}.text"), cache=cache)
+        case "refusal":
+            return Refusal(typed(part.get("refusal"), str, f"{where}.refusal"))
+        case "input_image":
+            if isinstance(part.get("file_id"), str):
+                return Media("image", file_id=part["file_id"], vendor="openai", cache=cache)
+            detail = str(part.get("detail") or "")
+            url = part.get("image_url")
+            return media_at("image", url, f"{where}.image_url", detail=detail, cache=cache)
+        case "input_file":
+            return _responses_file(part, where, cache)
+        case "input_audio":
+            audio = typed(part.get("input_audio"), dict, f"{where}.input_audio")
+            mime = f"audio/{audio.get('format') or 'wav'}"
+            return media_of_bytes("audio", mime, audio.get("data"), f"{where}.input_audio.data")
+    raise BadRequest(
+        f"{where}.type: expected input_text, input_image, input_file or output_text; "
+        f"got {show_json(part.get('type'))}",
+        param=f"{where}.type",
+    )
+
+
+def _responses_file(part: JsonObject, where: str, cache: str) -> Media:
+    name = str(part.get("filename") or "")
+    if isinstance(part.get("file_id"), str):
+        return Media("document", file_id=part["file_id"], vendor="openai", name=name, cache=cache)
+    data = part.get("file_data") or part.get("file_url")
+    if isinstance(data, str) and not data.startswith(("data:", "http:", "https:")):
+        data = f"data:{mime_of_path('file://x/' + name) or 'application/pdf'};base64,{data}"
+    return media_at("document", data, f"{where}.file_data", name=name, cache=cache)
+
+
+# A request for a provider, written.
+
+_RESPONSES_LEAST_TOKENS = 16  # wire: platform.openai.com, max_output_tokens, read 2026-11
+
+
+def _responses_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> JsonObject:
+    same = prompt.source is ApiProtocol.RESPONSES
+    messages = list(prompt.messages)
+    instructions = []
+    while prompt.source not in _OPENAI_PROTOCOLS and messages and messages[0].role == "system":
+        instructions.append(joined_text(messages.pop(0).content))
+    tools = _responses_render_tools(prompt.tools)
+    logprobs = prompt.sampling.logprobs
+    limit = prompt.max_tokens
+    if limit is not None and limit < _RESPONSES_LEAST_TOKENS:
+        losses.add("raised", "max_tokens", harmful=False)
+        limit = _RESPONSES_LEAST_TOKENS
+    effort = nearest_effort(prompt.thinking.effort, traits.efforts)
+    summary = "auto" if prompt.thinking.visible else None
+    include = [_RESPONSES_STATE, *([] if logprobs is None else [_RESPONSES_LOGPROBS])]
+    body = {
+        "model": prompt.model,
+        "input": [item for m in messages for item in _responses_items(m, traits)],
+        "instructions": "\n\n".join(instructions) or None,
+        "stream": True if prompt.stream else None,
+        "max_output_tokens": limit,
+        "temperature": prompt.sampling.temperature,
+        "top_p": prompt.sampling.top_p,
+        "top_logprobs": logprobs or None,
+        "include": include,
+        "tools": tools or None,
+        "tool_choice": _responses_render_choice(prompt.tool_choice) if tools else None,
+        "parallel_tool_calls": prompt.parallel_tools if tools else None,
+        "text": _responses_render_text(prompt, losses) or None,
+        "reasoning": no_nulls({"effort": effort or None, "summary": summary}) or None,
+        "service_tier": prompt.tier or None,
+        "safety_identifier" if traits.official else "user": prompt.user or None,
+        "prompt_cache_key": prompt.cache_key or None,
+        "metadata": prompt.metadata,
+        "store": prompt.store is True,
+        **(prompt.extra if same else {}),
+    }
+    return no_nulls(body)
+
+
+_OPENAI_PROTOCOLS = (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.RESPONSES)
+
+
+def _responses_render_tools(tools: tuple[Tool, ...]) -> list[JsonObject]:
+    rendered: list[JsonObject] = []
+    for tool in tools:
+        if tool.native:
+            own = tool.native.protocol is ApiProtocol.RESPONSES
+            rendered.append(tool.native.value if own else {"type": tool.name})
+        elif tool.kind == "custom":
+            facts = {"name": tool.name, "description": tool.description or None}
+            form = tool.format or {"type": "text"}
+            rendered.append({"type": "custom", **no_nulls(facts), "format": form})
+        else:
+            # wire: without `strict` the server tries to make the schema strict by itself
+            function: JsonObject = {"type": "function", "name": tool.name}
+            if tool.description:
+                function["description"] = tool.description
+            schema, strict = object_schema(tool.schema), bool(tool.strict)
+            rendered.append({**function, "parameters": schema, "strict": strict})
+    return rendered
+
+
+def _responses_render_choice(choice: ToolChoice | None) -> Json:
+    if choice is None:
+        return None
+    tools = [{"type": "function", "name": name} for name in choice.names]
+    if choice.mode == "named":
+        return tools[0]
+    if choice.mode == "allowed":
+        mode = "required" if choice.must else "auto"
+        return {"type": "allowed_tools", "mode": mode, "tools": tools}
+    return choice.mode
+
+
+def _responses_render_text(prompt: Prompt, losses: Losses) -> JsonObject:
+    text: JsonObject = {}
+    output = prompt.output
+    if prompt.verbosity:
+        text["verbosity"] = prompt.verbosity
+    if output and output.kind == "json_object":
+        text["format"] = {"type": "json_object"}
+    elif output:
+        schema, strict = output.schema or {}, bool(output.strict)
+        if strict:
+            fitting = strict_for_openai(schema)
+            if fitting is None:
+                losses.add("strict_schema_unsupported", "text.format")
+            schema, strict = fitting or schema, fitting is not None
+        facts: JsonObject = {"type": "json_schema"}
+        facts["name"] = re.sub(r"[^a-zA-Z0-9_-]", "_", output.name)[:64] or "response"
+        if output.description:
+            facts["description"] = output.description
+        text["format"] = {**facts, "schema": schema, "strict": strict}
+    return text
+
+
+def _responses_items(message: Message, traits: Traits) -> list[JsonObject]:
+    if message.role == "assistant":
+        return _responses_said(message)
+    items: list[JsonObject] = []
+    plain: list[JsonObject] = []
+    for part in message.content:
+        if isinstance(part, ToolResult):
+            kind = "custom_tool_call_output" if part.custom else "function_call_output"
+            output = _responses_output_of(part)
+            items.append({"type": kind, "call_id": part.call_id, "output": output})
+        elif isinstance(part, Text | Media):
+            plain.append(_responses_render_part(part))
+    if plain:
+        alone = len(plain) == 1 and plain[0]["type"] == "input_text"
+        role = message.role
+        if role == "developer" and not traits.developer_role:
+            role = "system"
+        items.append({"role": role, "content": plain[0]["text"] if alone else plain})
+    return items
+
+
+def _responses_output_of(result: ToolResult) -> Json:
+    parts = [_responses_render_part(part) for part in result.content]
+    if result.is_error:
+        parts.insert(0, {"type": "input_text", "text": "Error: "})
+    if all(part["type"] == "input_text" for part in parts):
+        between = "" if result.is_error else "\n"
+        return between.join(part["text"] for part in parts)
+    return parts
+
+
+def _responses_render_part(part: Text | Media) -> JsonObject:
+    if isinstance(part, Text):
+        return {"type": "input_text", "text": part.text}
+    where = part.url or (data_url(part) if part.data else "")
+    if part.kind == "image":
+        image = {"file_id": part.file_id} if part.file_id else {"image_url": where}
+        return {"type": "input_image", "detail": part.detail or "auto", **image}
+    if part.kind == "document":
+        plain = text_in(part)
+        if plain is not None:
+            return {"type": "input_text", "text": plain}
+        if part.file_id:
+            return {"type": "input_file", "file_id": part.file_id}
+        if part.url:
+            return {"type": "input_file", "file_url": part.url}
+        return {"type": "input_file", "filename": part.name or "file.pdf", "file_data": where}
+    raise refuse_part(part, "Responses")
+
+
+def _responses_said(message: Message) -> list[JsonObject]:
+    """What the assistant said, as items. Reasoning goes only before the item that it led to."""
+    items: list[JsonObject] = []
+    waiting: list[JsonObject] = []
+    for part in message.content:
+        item: JsonObject | None = None
+        match part:
+            case Reasoning(text, opaque) if opaque is not None:
+                summary = [{"type": "summary_text", "text": text}] if text else []
+                state = {"summary": summary, "encrypted_content": opaque.data}
+                ident = {"id": opaque.id} if opaque.id else {}
+                waiting.append({"type": "reasoning", **ident, **state})
+            case Text(text) | Refusal(text) if text:
+                item = {"role": "assistant", "content": text}
+            case ToolCall():
+                item = _responses_render_call(part)
+            case Native():
+                item = part.value
+        if item is not None:
+            items += [*waiting, item]
+            waiting = []
+    return items
+
+
+def _responses_render_call(call: ToolCall) -> JsonObject:
+    named = {"call_id": call.id, "name": call.name}
+    if call.custom:
+        return {"type": "custom_tool_call", **named, "input": call.arguments}
+    within = {"namespace": call.namespace} if call.namespace else {}
+    return {"type": "function_call", **named, **within, "arguments": call.arguments or "{}"}
+
+
+# An answer, for a caller.
+
+_RESPONSES_FINISHES, _RESPONSES_MEANINGS = finish_words(2)
+
+
+def _responses_render_response(
+    prompt: Prompt,
+    label: AnswerLabel,
+    choices: list[Choice],
+    usage: Usage,
+    losses: Losses,  # noqa: ARG001  nothing is lost
+) -> JsonObject:
+    answer = choices[0]
+    items: list[JsonObject] = []
+    for block in _responses_blocks(answer.content):
+        items.append(_responses_render_block(block, f"{label.id}_{len(items)}"))
+    frame = _responses_frame_of(prompt, label)
+    return {**frame, **_responses_end(answer.finished), "output": items} | {
+        "usage": _responses_render_usage(usage)
+    }
+
+
+def _responses_blocks(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Blocks, with the state of calls as reasoning before them: items have no other place."""
+    for block in blocks:
+        if isinstance(block, ToolCall) and block.opaque:
+            yield Reasoning("", block.opaque)
+        yield block
+
+
+def _responses_frame_of(prompt: Prompt, label: AnswerLabel) -> JsonObject:
+    """A response with nothing in it. wire: OpenAI's SDK wants each of these fields."""
+    return {
+        "id": f"resp_br{label.id}",
+        "object": "response",
+        "created_at": label.created,
+        "status": "in_progress",
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "max_output_tokens": prompt.max_tokens,
+        "model": label.model,
+        "output": [],
+        "parallel_tool_calls": prompt.parallel_tools is not False,
+        "previous_response_id": None,
+        "reasoning": {"effort": prompt.thinking.effort or None, "summary": None},
+        "store": prompt.store is not False,
+        "temperature": prompt.sampling.temperature,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": prompt.sampling.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": None,
+        "metadata": prompt.metadata or {},
+    }
+
+
+def _responses_end(finished: Finished) -> JsonObject:
+    word = _RESPONSES_FINISHES[finished.finish]
+    if word == "completed":
+        return {"status": word}
+    return {"status": "incomplete", "incomplete_details": {"reason": word}}
+
+
+def _responses_render_usage(usage: Usage) -> JsonObject:
+    return {
+        "input_tokens": usage.input_tokens,
+        "input_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "cache_write_tokens": usage.cache_write_tokens,
+        },
+        "output_tokens": usage.output_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "total_tokens": usage.input_tokens + usage.output_tokens,
+    }
+
+
+def _responses_render_block(block: Block, ident: str, status: str = "completed") -> JsonObject:
+    """A block as an output item."""
+    match block:
+        case Reasoning(text, opaque):
+            summary = [{"type": "summary_text", "text": text}] if text else []
+            item: JsonObject = {"id": f"rs_{ident}", "type": "reasoning", "summary": summary}
+            if opaque:
+                item["encrypted_content"] = sealed_for(opaque, "openai", "encrypted")
+            return item
+        case ToolCall():
+            kind = "ctc" if block.custom else "fc"
+            return {"id": f"{kind}_{ident}", **_responses_render_call(block), "status": status}
+        case Media():
+            item = {"id": f"ig_{ident}", "type": "image_generation_call", "status": status}
+            return {**item, "result": block.data}
+    content = [_responses_text_part(block)]
+    item = {"id": f"msg_{ident}", "type": "message", "status": status, "role": "assistant"}
+    return {**item, "content": content}
+
+
+def _responses_text_part(block: Text | Refusal) -> JsonObject:
+    if isinstance(block, Refusal):
+        return {"type": "refusal", "refusal": block.text}
+    cited = [_responses_annotation(citation) for citation in block.citations]
+    part = {"type": "output_text", "text": block.text, "annotations": cited}
+    return {**part, "logprobs": list(block.logprobs)}
+
+
+def _responses_annotation(cited: Citation) -> JsonObject:
+    facts = {"url": cited.url, "title": cited.title}
+    return {"type": "url_citation", **facts, "start_index": cited.start, "end_index": cited.end}
+
+
+class _ResponsesEncoder:
+    """wire: one item closes before the next opens; ids and indices stay; every event is numbered;
+    the last one holds the whole answer."""
+
+    def __init__(self, prompt: Prompt, label: AnswerLabel) -> None:
+        self._response = _responses_frame_of(prompt, label)
+        self._label = label
+        self._number = 0
+        self._in_order = InOrder()
+        self._items: list[JsonObject] = []
+        self._block: Block = Text()
+        self._at: JsonObject = {}  # where the open block is: item_id, output_index
+        self._grown: list[str] = []
+        self._cited: list[Citation] = []
+        self._logprobs: list[JsonObject] = []
+        self._finished = Finished(Finish.STOP)
+
+    def encode(self, part: StreamPart) -> bytes:
+        if isinstance(part, Finished):
+            self._finished = part
+            return self._opening()
+        return self._opening() + b"".join([self._encode(p) for p in self._in_order.feed(part)])
+
+    def end(self, usage: Usage) -> bytes:
+        response = {**self._response, **_responses_end(self._finished), "output": self._items}
+        response["usage"] = _responses_render_usage(usage)
+        return self._event(f"response.{response['status']}", response=response)
+
+    def fail(self, error: BitrouterError) -> bytes:
+        why = {"code": "server_error", "message": error.message}
+        response = {**self._response, "status": "failed", "error": why, "output": self._items}
+        return self._opening() + self._event("response.failed", response=response)
+
+    def _opening(self) -> bytes:
+        if self._number:
+            return b""
+        return self._event("response.created", response=self._response) + self._event(
+            "response.in_progress", response=self._response
+        )
+
+    def _encode(self, part: StreamPart) -> bytes:
+        match part:
+            case Delta(_, text, logprobs):
+                return self._delta(text, logprobs)
+            case Open(_, block):
+                return self._open(block)
+            case Cite(_, citation):
+                self._cited.append(citation)
+                note = _responses_annotation(citation)
+                where = {**self._at, "content_index": 0, "annotation_index": len(self._cited) - 1}
+                kind = "response.output_text.annotation.added"
+                return self._event(kind, **where, annotation=note)
+            case Close(_, opaque):
+                return self._close(opaque)
+        return b""
+
+    def _open(self, block: Block) -> bytes:
+        out = b""
+        if isinstance(block, ToolCall) and block.opaque:
+            out = self._open(Reasoning()) + self._close(block.opaque)
+        self._block = block
+        self._grown, self._cited, self._logprobs = [], [], []
+        ident = f"{self._label.id}_{len(self._items)}"
+        item = _responses_render_block(block, ident, "in_progress")
+        if isinstance(block, ToolCall) and not block.custom:
+            item["arguments"] = ""
+        elif isinstance(block, Text | Refusal):
+            item["content"] = []
+        self._at = {"item_id": item["id"], "output_index": len(self._items)}
+        out += self._event("response.output_item.added", output_index=len(self._items), item=item)
+        if isinstance(block, Text | Refusal):
+            part = _responses_text_part(block)
+            kind = "response.content_part.added"
+            out += self._event(kind, **self._at, content_index=0, part=part)
+        return out
+
+    def _delta(self, text: str, logprobs: tuple[JsonObject, ...]) -> bytes:
+        first = not self._grown
+        self._grown.append(text)
+        match self._block:
+            case Text():
+                self._logprobs += logprobs
+                where = {**self._at, "content_index": 0, "logprobs": list(logprobs)}
+                return self._event("response.output_text.delta", **where, delta=text)
+            case Refusal():
+                return self._event(
+                    "response.refusal.delta", **self._at, content_index=0, delta=text
+                )
+            case ToolCall():
+                kind = "custom_tool_call_input" if self._block.custom else "function_call_arguments"
+                return self._event(f"response.{kind}.delta", **self._at, delta=text)
+        where = {**self._at, "summary_index": 0}
+        out = b""
+        if first:
+            part = {"type": "summary_text", "text": ""}
+            out = self._event("response.reasoning_summary_part.added", **where, part=part)
+        return out + self._event("response.reasoning_summary_text.delta", **where, delta=text)
+
+    def _close(self, opaque: Opaque | None) -> bytes:
+        text = "".join(self._grown)
+        block = with_text(self._block, text)
+        out = b""
+        match block:
+            case Text():
+                told = (tuple(self._cited), tuple(self._logprobs))
+                block = block._replace(citations=told[0], logprobs=told[1])
+                kind, more = "output_text", {"text": text, "logprobs": self._logprobs}
+                out = self._event(f"response.{kind}.done", **self._at, content_index=0, **more)
+            case Refusal():
+                out = self._event(
+                    "response.refusal.done", **self._at, content_index=0, refusal=text
+                )
+            case ToolCall(name=name, custom=False):
+                kind, text = "response.function_call_arguments.done", text or "{}"
+                if not self._grown:
+                    out = self._event(
+                        "response.function_call_arguments.delta", **self._at, delta=text
+                    )
+                out += self._event(kind, **self._at, name=name, arguments=text)
+            case ToolCall():
+                out = self._event("response.custom_tool_call_input.done", **self._at, input=text)
+            case Reasoning():
+                block = Reasoning(text, opaque)
+                out = self._close_summary(text) if text else b""
+        if isinstance(block, Text | Refusal):
+            part = _responses_text_part(block)
+            kind = "response.content_part.done"
+            out += self._event(kind, **self._at, content_index=0, part=part)
+        item = _responses_render_block(block, f"{self._label.id}_{len(self._items)}")
+        self._items.append(item)
+        index = self._at["output_index"]
+        return out + self._event("response.output_item.done", output_index=index, item=item)
+
+    def _close_summary(self, text: str) -> bytes:
+        where = {**self._at, "summary_index": 0}
+        part = {"type": "summary_text", "text": text}
+        return self._event(
+            "response.reasoning_summary_text.done", **where, text=text
+        ) + self._event("response.reasoning_summary_part.done", **where, part=part)
+
+    def _event(self, kind: str, **facts: Json) -> bytes:
+        event = {"type": kind, "sequence_number": self._number, **facts}
+        self._number += 1
+        return sse_encode(compact(event), kind)
+
+
+# A provider's answer, read.
+
+_RESPONSES_GROWING = {
+    "response.output_text.delta": "text",
+    "response.refusal.delta": "refusal",
+    "response.function_call_arguments.delta": "call",
+    "response.custom_tool_call_input.delta": "call",
+    "response.reasoning_summary_text.delta": "reasoning",
+    "response.reasoning_text.delta": "reasoning",
+}
+_RESPONSES_EMPTY: dict[str, Block] = {
+    "text": Text(),
+    "refusal": Refusal(),
+    "reasoning": Reasoning(),
+}
+
+
+class _ResponsesDecoder:
+    def __init__(self, vendor: str) -> None:
+        self.model = ""
+        self._vendor = vendor
+        self._keys = itertools.count()
+        self._open: dict[tuple[int, int], int] = {}  # output and content index -> key
+        self._grown: set[int] = set()  # keys that have had text
+        self._summary: dict[int, int] = {}  # key -> the part of its summary that grows
+        self._shown = self._refused = self._over = False
+
+    def feed(self, value: JsonObject) -> list[StreamPart]:
+        kind = str(value.get("type"))
+        grows = _RESPONSES_GROWING.get(kind)
+        if grows:
+            return self._grow(grows, value)
+        if kind == "response.output_item.added":
+            return self._item_added(value)
+        if kind == "response.output_item.done":
+            return self._item_done(value)
+        if kind == "response.output_text.annotation.added":
+            key = self._open.get(self._place("text", value))
+            citation = _responses_citation(value.get("annotation"))
+            return [Cite(key, citation)] if citation and key is not None else []
+        if kind in ("response.completed", "response.incomplete"):
+            return self._end(as_object(value.get("response")))
+        if not self.model and isinstance(dig(value, "response", "model"), str):
+            self.model = value["response"]["model"]
+        return []
+
+    def finish(self) -> list[StreamPart]:
+        return [Close(self._open.pop(place)) for place in list(self._open)]
+
+    def whole(self, value: JsonObject) -> list[StreamPart]:
+        self.model = str(value.get("model") or "")
+        return [*self._items(value), self._finished(value)]
+
+    def _place(self, kind: str, value: JsonObject) -> tuple[int, int]:
+        """Texts and refusals stand in an item by index; of the rest there is one to an item."""
+        content = whole(value.get("content_index")) if kind in ("text", "refusal") else -1
+        return whole(value.get("output_index")), content
+
+    def _grow(self, kind: str, value: JsonObject) -> list[StreamPart]:
+        place = self._place(kind, value)
+        key = self._open.get(place)
+        text = value["delta"] if isinstance(value.get("delta"), str) else ""
+        if not text:
+            return []
+        self._shown = True
+        if key is not None and kind != "reasoning":
+            self._grown.add(key)
+            told = value.get("logprobs")
+            return [Delta(key, text, tuple(told) if isinstance(told, list) else ())]
+        out: list[StreamPart] = []
+        if key is None:
+            if kind not in _RESPONSES_EMPTY:
+                return []  # a call that never began
+            self._refused = self._refused or kind == "refusal"
+            key = self._open[place] = next(self._keys)
+            out.append(Open(key, _RESPONSES_EMPTY[kind]))
+        if kind == "reasoning":
+            at = whole(value.get("summary_index"))
+            if at > self._summary.get(key, 0):
+                text = "\n\n" + text
+            self._summary[key] = at
+        self._grown.add(key)
+        told = as_list(value.get("logprobs"))
+        return [*out, Delta(key, text, tuple(one for one in told if isinstance(one, dict)))]
+
+    def _item_added(self, value: JsonObject) -> list[StreamPart]:
+        item = as_object(value.get("item"))
+        block = self._block(item)
+        if block is None or isinstance(block, Text | Refusal | Media):
+            return []
+        self._shown = True
+        key = self._open[whole(value.get("output_index")), -1] = next(self._keys)
+        opened = Reasoning() if isinstance(block, Reasoning) else with_text(block, "")
+        return [Open(key, opened)]
+
+    def _item_done(self, value: JsonObject) -> list[StreamPart]:
+        item, index = as_object(value.get("item")), whole(value.get("output_index"))
+        places = [place for place in self._open if place[0] == index]
+        block = self._block(item)
+        if not places:
+            return self._said(item)
+        out: list[StreamPart] = []
+        for place in places:
+            key = self._open.pop(place)
+            state = block.opaque if isinstance(block, Reasoning) else None
+            text = text_of(block) if block and not isinstance(block, Text | Refusal) else ""
+            if text and key not in self._grown:
+                out.append(Delta(key, text))
+            out.append(Close(key, state))
+        return out
+
+    def _block(self, item: JsonObject) -> Block | None:
+        """The item's block; a message's is any text, its own come by their parts."""
+        match item.get("type"):
+            case "message":
+                return Text()
+            case "function_call" | "custom_tool_call" if isinstance(item.get("call_id"), str):
+                name = {"name": str(item.get("name") or "")}
+                return _responses_call({**item, **name}, "item")
+            case "reasoning":
+                return _responses_reasoning(item, self._vendor)
+            case "image_generation_call" if isinstance(item.get("result"), str):
+                return media_of_bytes("image", "image/png", item["result"], "result")
+        return None
+
+    def _said(self, item: JsonObject) -> list[StreamPart]:
+        """An item that came whole."""
+        block = self._block(item)
+        blocks = [block] if block else []
+        if isinstance(block, Text):
+            blocks = list(_responses_answer_texts(item))
+            self._refused = self._refused or any(isinstance(b, Refusal) for b in blocks)
+        self._shown = self._shown or bool(blocks)
+        return [part for one in blocks for part in parts_of(one, next(self._keys))]
+
+    def _items(self, response: JsonObject) -> list[StreamPart]:
+        out: list[StreamPart] = []
+        for item in as_list(response.get("output")):
+            out += self._said(as_object(item))
+        return out
+
+    def _end(self, response: JsonObject) -> list[StreamPart]:
+        if self._over:
+            return []
+        self._over = True
+        out = [] if self._shown else self._items(response)
+        return [*out, *self.finish(), self._finished(response)]
+
+    def _finished(self, response: JsonObject) -> Finished:
+        reason = str(dig(response, "incomplete_details", "reason") or "")
+        status = str(response.get("status") or "completed")
+        word = reason if status == "incomplete" else "completed"
+        finish = _RESPONSES_MEANINGS.get(word, Finish.STOP)
+        if finish is Finish.STOP and self._refused:
+            finish = Finish.REFUSAL
+        return Finished(finish, raw=reason or status)
+
+
+def _responses_answer_texts(item: JsonObject) -> Iterator[Text | Refusal]:
+    for part in as_list(item.get("content")):
+        if dig(part, "type") == "refusal":
+            yield Refusal(str(dig(part, "refusal") or ""))
+        elif isinstance(dig(part, "text"), str):
+            cited = [_responses_citation(one) for one in as_list(part.get("annotations"))]
+            told = tuple(one for one in as_list(part.get("logprobs")) if isinstance(one, dict))
+            yield Text(part["text"], tuple(c for c in cited if c), logprobs=told)
+
+
+def _responses_citation(cited: Json) -> Citation | None:
+    facts = as_object(cited)
+    if facts.get("type") != "url_citation" or not isinstance(facts.get("url"), str):
+        return None
+    start, end = whole(facts.get("start_index")), whole(facts.get("end_index"))
+    return Citation(facts["url"], str(facts.get("title") or ""), start, end)
+
+
+def _responses_unseal(body: JsonObject, vendor: str) -> bool:
+    items, changed = as_list(body.get("input")), False
+    kept: list[Json] = []
+    for item in items:
+        sealed = dig(item, "encrypted_content")
+        if isinstance(sealed, str) and sealed.startswith(ENVELOPE):
+            changed = True
+            opaque = unseal(sealed)
+            if opaque is None or (opaque.vendor, opaque.kind) != (vendor, "encrypted"):
+                continue
+            item["encrypted_content"] = opaque.data
+            if opaque.id:
+                item["id"] = opaque.id
+        kept.append(item)
+    if changed:
+        body["input"] = kept
+    return changed
+
+
 RESPONSES = Codec(
     render_error=openai_render_error,
     render_status=status_but_529,
@@ -1516,11 +4442,18 @@ RESPONSES = Codec(
     note=_responses_note,
     frame=_responses_frame,
     fail_stream=_responses_fail_stream,
+    parse_request=_responses_parse_request,
+    render_request=_responses_render_request,
+    render_response=_responses_render_response,
+    decoder=_ResponsesDecoder,
+    encoder=_ResponsesEncoder,
+    names=re.compile(r"[A-Za-z0-9_-]{1,64}"),
+    unseal=_responses_unseal,
 )
 
 
 # ---------------------------------------------------------------------------------------------
-# 8. messages: Anthropic Messages (pure)
+# 10. messages: Anthropic Messages (pure)
 # ---------------------------------------------------------------------------------------------
 # wire: docs.claude.com/en/api/messages-streaming, read 2026-11. Anthropic's SDKs drop an event
 # without an `event:` line, and raise when message_stop is missing.
@@ -1615,103 +4548,854 @@ def _messages_fail_stream(error: BitrouterError, state: StreamState, last: bytes
     return sse_encode(compact(_messages_render_error(error)), "error")
 
 
+# A caller's request, read.
+
+_MESSAGES_KNOWN = frozenset({
+    "model", "messages", "system", "max_tokens", "stream", "stop_sequences", "temperature",
+    "top_p", "top_k", "tools", "tool_choice", "thinking", "output_config", "output_format",
+    "metadata", "service_tier", "cache_control",
+})  # fmt: skip
+_MESSAGES_THREADS = "thread_unsupported_request"
+
+
 def _messages_parse_request(body: JsonObject) -> Prompt:
-    return prompt_from(body, ("name",), ("output_config", "format", "schema"))
+    _messages_refuse_threads(body)
+    messages = [
+        _messages_message(m, here) for here, m in each_object(body.get("messages"), "messages")
+    ]
+    if not messages:
+        raise BadRequest("messages: expected a list with at least one message", param="messages")
+    system = _messages_system(body.get("system"))
+    if system:
+        messages.insert(0, Message("system", system))
+    choice = maybe(body, "tool_choice", dict) or {}
+    config = maybe(body, "output_config", dict) or {}
+    return Prompt(
+        model=str(body.get("model")),
+        messages=_messages_named_results(messages),
+        source=ApiProtocol.MESSAGES,
+        stream=body.get("stream") is True,
+        max_tokens=count_in(body, "max_tokens"),
+        sampling=Sampling(
+            temperature=number(body, "temperature"),
+            top_p=number(body, "top_p"),
+            top_k=count_in(body, "top_k"),
+            stop=strings_in(body.get("stop_sequences"), "stop_sequences"),
+        ),
+        tools=tuple(_messages_tool(t, here) for here, t in each_object(body.get("tools"), "tools")),
+        tool_choice=_messages_tool_choice(choice),
+        parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
+        output=_messages_output(config.get("format") or body.get("output_format")),
+        thinking=_messages_thinking(maybe(body, "thinking", dict) or {}, config.get("effort")),
+        tier=maybe(body, "service_tier", str) or "",
+        user=str(dig(body, "metadata", "user_id") or ""),
+        cache=_messages_ttl(body),
+        extra=the_rest(body, _MESSAGES_KNOWN),
+    )
+
+
+def _messages_refuse_threads(body: JsonObject) -> None:
+    """wire: the SDK's tool runner repeats a request without threads when it is told so in these
+    very words (anthropic 2.12.0, beta message-threads-2026-08-12)."""
+    if "thread" in body:
+        raise BadRequest(
+            "thread: this model is reached through another protocol, which keeps no threads",
+            code=_MESSAGES_THREADS,
+            param="thread",
+            extra={"unsupported": ["thread"]},
+        )
+
+
+def _messages_ttl(block: JsonObject) -> str:
+    """The time to live of a cache mark; "" for none."""
+    mark = block.get("cache_control")
+    return str(mark.get("ttl") or "5m") if isinstance(mark, dict) else ""
+
+
+def _messages_system(system: Json) -> tuple[Content, ...]:
+    if isinstance(system, str):
+        return (Text(system),) if system else ()
+    texts = [
+        Text(typed(block.get("text"), str, f"{here}.text"), cache=_messages_ttl(block))
+        for here, block in each_object(system, "system")
+    ]
+    # wire: Claude Code's first block is about its billing, and nobody else's business
+    return tuple(t for t in texts if t.text and not t.text.startswith("x-anthropic-billing-"))
+
+
+def _messages_output(wanted: Json) -> OutputFormat | None:
+    if dig(wanted, "type") != "json_schema":
+        return None
+    schema = typed(wanted.get("schema"), dict, "output_config.format.schema")
+    return OutputFormat("json_schema", schema=schema, strict=True)
+
+
+def _messages_thinking(thinking: JsonObject, effort: Json) -> Thinking:
+    kind = thinking.get("type")
+    if kind == "disabled":
+        return Thinking("none", visible=False)
+    budget = whole(thinking.get("budget_tokens")) or None if kind == "enabled" else None
+    level = effort if isinstance(effort, str) and effort in EFFORTS else ""
+    if not level and budget:
+        level = effort_of(budget)
+    visible = None if kind is None else thinking.get("display") != "omitted"
+    return Thinking(level, budget, kind in ("adaptive", "between_tools"), visible)
+
+
+def _messages_tool(tool: JsonObject, where: str) -> Tool:
+    name = typed(tool.get("name"), str, f"{where}.name")
+    if tool.get("type") not in (None, "custom"):
+        spelt = WEB_SEARCH if str(tool["type"]).startswith("web_search_") else name
+        return Tool(spelt, kind="hosted", native=Native(ApiProtocol.MESSAGES, tool))
+    return Tool(
+        name=name,
+        description=maybe(tool, "description", str) or "",
+        schema=maybe(tool, "input_schema", dict),
+        strict=maybe(tool, "strict", bool),
+        cache=_messages_ttl(tool),
+    )
+
+
+def _messages_tool_choice(choice: JsonObject) -> ToolChoice | None:
+    match choice.get("type"):
+        case None:
+            return None
+        case "any":
+            return ToolChoice("required")
+        case "tool":
+            return ToolChoice("named", (typed(choice.get("name"), str, "tool_choice.name"),))
+        case "auto" | "none" as mode:
+            return ToolChoice(mode)
+    found = show_json(choice.get("type"))
+    raise BadRequest(
+        f"tool_choice.type: expected auto, any, tool or none; got {found}", param="tool_choice.type"
+    )
+
+
+def _messages_message(message: JsonObject, where: str) -> Message:
+    role = message.get("role")
+    if role not in ("user", "assistant", "system"):
+        raise BadRequest(
+            f"{where}.role: expected user, assistant or system; got {show_json(role)}",
+            param=f"{where}.role",
+        )
+    return Message(str(role), _messages_content(message.get("content"), f"{where}.content"))
+
+
+def _messages_content(content: Json, where: str) -> tuple[Content, ...]:
+    if content is None or content == "":
+        return ()
+    if isinstance(content, str):
+        return (Text(content),)
+    return tuple(_messages_block(block, here) for here, block in each_object(content, where))
+
+
+def _messages_block(block: JsonObject, where: str) -> Content:
+    kind = block.get("type")
+    if not isinstance(kind, str):
+        raise BadRequest(f"{where}.type: expected a kind of block", param=f"{where}.type")
+    read = _MESSAGES_BLOCKS.get(kind)
+    return read(block, where) if read else Native(ApiProtocol.MESSAGES, block)
+
+
+def _messages_text(block: JsonObject, where: str) -> Content:
+    return Text(typed(block.get("text"), str, f"{where}.text"), cache=_messages_ttl(block))
+
+
+def _messages_thought(block: JsonObject, where: str) -> Content:  # noqa: ARG001
+    if block["type"] == "redacted_thinking":
+        return Reasoning("", opaque_from(block.get("data"), "anthropic", "redacted"))
+    opaque = opaque_from(block.get("signature"), "anthropic", "signature")
+    return Reasoning(str(block.get("thinking") or ""), opaque)
+
+
+def _messages_call(block: JsonObject, where: str) -> Content:
+    given = block.get("input")
+    return ToolCall(
+        id=typed(block.get("id"), str, f"{where}.id"),
+        name=typed(block.get("name"), str, f"{where}.name"),
+        arguments=compact({} if given is None else given).decode(),
+        cache=_messages_ttl(block),
+    )
+
+
+def _messages_result(block: JsonObject, where: str) -> Content:
+    ident = typed(block.get("tool_use_id"), str, f"{where}.tool_use_id")
+    inner = _messages_content(block.get("content"), f"{where}.content")
+    told = tuple(part for part in inner if isinstance(part, Text | Media))
+    return ToolResult(ident, told, block.get("is_error") is True, cache=_messages_ttl(block))
+
+
+def _messages_found(block: JsonObject, where: str) -> Content:
+    texts = joined_text(_messages_content(block.get("content"), f"{where}.content"), "\n")
+    head = f"{block.get('title')}\n{block.get('source')}"
+    return Text(f"{head}\n\n{texts}", cache=_messages_ttl(block))
+
+
+def _messages_media(block: JsonObject, where: str) -> Content:
+    kind, cache = block["type"], _messages_ttl(block)
+    source = typed(block.get("source"), dict, f"{where}.source")
+    where = f"{where}.source"
+    name = str(block.get("title") or "")
+    mime = str(source.get("media_type") or "")
+    match source.get("type"):
+        case "base64":
+            return media_of_bytes(
+                kind, mime, source.get("data"), f"{where}.data", name=name, cache=cache
+            )
+        case "url":
+            return media_at(kind, source.get("url"), f"{where}.url", name=name, cache=cache)
+        case "file":
+            ident = typed(source.get("file_id"), str, f"{where}.file_id")
+            return Media(kind, file_id=ident, vendor="anthropic", name=name, cache=cache)
+        case "text":
+            text = typed(source.get("data"), str, f"{where}.data")
+            data = base64.b64encode(text.encode("utf-8", "replace")).decode()
+            return Media(kind, "text/plain", data, name=name, cache=cache)
+        case "content":
+            inner = _messages_content(source.get("content"), f"{where}.content")
+            return Text(joined_text(inner, "\n"), cache=cache)
+    found = show_json(source.get("type"))
+    raise BadRequest(
+        f"{where}.type: expected base64, url, text, content or file; got {found}",
+        param=f"{where}.type",
+    )
+
+
+_MESSAGES_BLOCKS: dict[str, Callable[[JsonObject, str], Content]] = {
+    "text": _messages_text,
+    "image": _messages_media,
+    "document": _messages_media,
+    "thinking": _messages_thought,
+    "redacted_thinking": _messages_thought,
+    "tool_use": _messages_call,
+    "tool_result": _messages_result,
+    "search_result": _messages_found,
+}
+
+
+def _messages_named_results(messages: list[Message]) -> tuple[Message, ...]:
+    """Results with the names of the tools that they come from."""
+    names = {p.id: p.name for m in messages for p in m.content if isinstance(p, ToolCall)}
+    done = []
+    for n, message in enumerate(messages):
+        content: list[Content] = []
+        for part in message.content:
+            if isinstance(part, ToolResult):
+                if part.call_id not in names:
+                    where = f"messages[{n}].content.tool_use_id"
+                    found = show_json(part.call_id)
+                    raise BadRequest(f"{where}: no tool_use has the id {found}", param=where)
+                part = part._replace(name=names[part.call_id])
+            content.append(part)
+        done.append(message._replace(content=tuple(content)))
+    return tuple(done)
+
+
+# A request for a provider, written.
+
+_MESSAGES_UNKNOWN_MAX = 8192  # tokens, for a model of which nothing is known
+_MESSAGES_LEAST_BUDGET = 1024
+_MESSAGES_IMAGES = ("image/jpeg", "image/png", "image/gif", "image/webp")
+
+
+def _messages_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> JsonObject:
+    same = prompt.source is ApiProtocol.MESSAGES
+    limit = prompt.max_tokens
+    if limit is None:
+        limit = traits.max_output or _MESSAGES_UNKNOWN_MAX
+    tools = [_messages_render_tool(tool) for tool in _messages_all_tools(prompt)]
+    thinking, effort = _messages_render_thinking(prompt, traits, limit, losses)
+    config: JsonObject = {"effort": effort} if effort else {}
+    if prompt.output and prompt.output.kind == "json_schema":
+        config["format"] = {"type": "json_schema", "schema": prompt.output.schema}
+    sampling = prompt.sampling
+    temperature = sampling.temperature
+    if thinking and thinking["type"] == "enabled" and temperature not in (None, 1):
+        losses.add("dropped", "temperature")  # wire: not together with thinking
+        temperature = None
+    system, messages = _messages_render_messages(prompt)
+    body = {
+        "model": prompt.model,
+        "max_tokens": limit,
+        "system": system or None,
+        "messages": messages,
+        "stream": True if prompt.stream else None,
+        "stop_sequences": list(sampling.stop) or None,
+        "temperature": temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "tools": tools or None,
+        "tool_choice": _messages_render_choice(prompt) if tools else None,
+        "thinking": thinking,
+        "output_config": config or None,
+        "metadata": {"user_id": prompt.user} if prompt.user else None,
+        **_messages_tier(prompt, losses),
+        "cache_control": _messages_mark(prompt.cache) or None,
+        **(prompt.extra if same else {}),
+    }
+    return no_nulls(body)
+
+
+# wire: docs.claude.com/en/api/service-tiers, read 2026-11
+_MESSAGES_TIERS = {
+    "auto": "auto", "default": "standard_only", "standard": "standard_only", "priority": "auto",
+    "standard_only": "standard_only",
+}  # fmt: skip
+
+
+def _messages_tier(prompt: Prompt, losses: Losses) -> JsonObject:
+    if not prompt.tier:
+        return {}
+    if prompt.tier in ("fast", "ultrafast"):
+        return {"speed": "fast"}
+    if prompt.tier not in _MESSAGES_TIERS:
+        losses.add("dropped", "service_tier")
+        return {}
+    return {"service_tier": _MESSAGES_TIERS[prompt.tier]}
+
+
+def _messages_mark(ttl: str) -> JsonObject:
+    if not ttl:
+        return {}
+    return {"type": "ephemeral", **({"ttl": "1h"} if ttl in ("1h", "12h") else {})}
+
+
+def _messages_all_tools(prompt: Prompt) -> tuple[Tool, ...]:
+    """The tools on offer, and if there are none those that were called: wire: a conversation with
+    calls in it needs their tools declared."""
+    if prompt.tools:
+        return prompt.tools
+    called = [p.name for m in prompt.messages for p in m.content if isinstance(p, ToolCall)]
+    return tuple(Tool(name) for name in dict.fromkeys(called))
+
+
+def _messages_render_tool(tool: Tool) -> JsonObject:
+    if tool.native:
+        if tool.native.protocol is ApiProtocol.MESSAGES:
+            return tool.native.value
+        return {"type": "web_search_20250305", "name": WEB_SEARCH}
+    schema = object_schema(tool.schema)
+    if any(key in schema for key in ("anyOf", "oneOf", "allOf", "$ref")) or "type" not in schema:
+        schema = {"type": "object", **{k: v for k, v in schema.items() if k != "type"}}
+        schema = {k: v for k, v in schema.items() if k not in ("anyOf", "oneOf", "allOf")}
+    rendered: JsonObject = {"name": tool.name}
+    if tool.description:
+        rendered["description"] = tool.description
+    rendered["input_schema"] = schema
+    if tool.strict and (fitting := for_claude(schema)) is not None:
+        rendered |= {"strict": True, "input_schema": fitting}
+    if tool.cache:
+        rendered["cache_control"] = _messages_mark(tool.cache)
+    return rendered
+
+
+def _messages_render_choice(prompt: Prompt) -> JsonObject | None:
+    choice, one_at_a_time = prompt.tool_choice, prompt.parallel_tools is False
+    rendered: JsonObject | None = None
+    match choice.mode if choice else None:
+        case "required":
+            rendered = {"type": "any"}
+        case "named" if choice:
+            rendered = {"type": "tool", "name": choice.names[0]}
+        case "auto" | "none" as mode:
+            rendered = {"type": mode}
+    if one_at_a_time and (rendered is None or rendered["type"] != "none"):
+        rendered = {**(rendered or {"type": "auto"}), "disable_parallel_tool_use": True}
+    if choice is None and not prompt.tools and not one_at_a_time:
+        return {"type": "none"}  # tools declared for the history's sake alone
+    return rendered
+
+
+def _messages_render_thinking(
+    prompt: Prompt, traits: Traits, limit: int, losses: Losses
+) -> tuple[JsonObject | None, str]:
+    """The `thinking` and the effort that ask for as much reasoning as the caller did."""
+    wanted = prompt.thinking
+    if wanted.effort == "none":
+        if traits.can_stop_thinking:
+            return ({"type": "disabled"} if traits.thinking else None), ""
+        losses.add("thinking_always_on", "reasoning_effort", harmful=False)
+        return None, "low"
+    if not wanted.effort and wanted.budget is None and not wanted.adaptive:
+        return None, ""
+    if traits.thinking == "adaptive":
+        thinking: JsonObject = {"type": "adaptive"}
+        if wanted.visible:
+            thinking["display"] = "summarized"
+        return thinking, nearest_effort(wanted.effort, traits.efforts)
+    return _messages_budget(prompt, limit, losses), ""
+
+
+def _messages_budget(prompt: Prompt, limit: int, losses: Losses) -> JsonObject | None:
+    """Thinking for models that want it counted in tokens."""
+    wanted = prompt.thinking
+    by_effort = {effort: claude for effort, claude, *_ in EFFORT_ROSETTA}
+    budget = wanted.budget or by_effort.get(wanted.effort or "medium", 8192)
+    budget = min(max(budget, _MESSAGES_LEAST_BUDGET), limit - 1)
+    if budget < _MESSAGES_LEAST_BUDGET:
+        losses.add("dropped", "reasoning_effort")
+        return None
+    if _messages_forces(prompt) or _messages_lacks_thinking(prompt):
+        losses.add("thinking_off_for_tools", "reasoning_effort", harmful=False)
+        return None
+    return {"type": "enabled", "budget_tokens": budget}
+
+
+def _messages_forces(prompt: Prompt) -> bool:
+    return bool(prompt.tool_choice and prompt.tool_choice.mode in ("required", "named"))
+
+
+def _messages_lacks_thinking(prompt: Prompt) -> bool:
+    """Whether a turn with calls is going on that has no thinking of Claude's in it: with budgeted
+    thinking on, Claude refuses to go on with it."""
+    for message in reversed(prompt.messages):
+        if message.role == "user" and not any(isinstance(p, ToolResult) for p in message.content):
+            return False
+        kinds = [type(part) for part in message.content]
+        if message.role == "assistant" and ToolCall in kinds and Reasoning not in kinds:
+            return True
+    return False
+
+
+def _messages_render_messages(prompt: Prompt) -> tuple[Json, list[JsonObject]]:
+    messages = list(prompt.messages)
+    system: list[Content] = []
+    while messages and messages[0].role in ("system", "developer"):
+        system += messages.pop(0).content
+    rendered: list[JsonObject] = []
+    for turn in turns(messages):
+        content = [_messages_render_part(part) for part in turn.content]
+        blocks = [block for block in content if block is not None]
+        if turn.role == "assistant" and not blocks:
+            continue
+        blocks = blocks or [{"type": "text", "text": "."}]
+        role = "system" if turn.role == "developer" else turn.role
+        if rendered and rendered[-1]["role"] == role:
+            rendered[-1]["content"] += blocks
+        else:
+            rendered.append({"role": role, "content": blocks})
+    if not rendered or rendered[0]["role"] != "user":
+        rendered.insert(0, {"role": "user", "content": [{"type": "text", "text": "."}]})
+    last = rendered[-1]
+    if last["role"] == "assistant" and last["content"][-1]["type"] == "text":
+        last["content"][-1]["text"] = last["content"][-1]["text"].rstrip() or "."
+    for message in rendered:
+        if [*message["content"][0]] == ["type", "text"] and len(message["content"]) == 1:
+            message["content"] = message["content"][0]["text"]
+    if any(isinstance(part, Text) and part.cache for part in system):
+        return [_messages_render_part(part) for part in system], rendered
+    return joined_text(system), rendered
+
+
+def _messages_render_part(part: Content) -> JsonObject | None:
+    """A block; None for what has none: empty text, reasoning that nobody signed."""
+    rendered: JsonObject | None = None
+    match part:
+        case Text(text) | Refusal(text) if text.strip():
+            rendered = {"type": "text", "text": text}
+        case Media():
+            rendered = _messages_render_media(part)
+        case ToolCall():
+            given = object_in(part.arguments)
+            given = {"input": part.arguments} if given is None else given
+            rendered = {"type": "tool_use", "id": part.id, "name": part.name, "input": given}
+        case ToolResult():
+            rendered = _messages_render_result(part)
+        case Reasoning(text, opaque) if opaque is not None:
+            rendered = _messages_render_reasoning(text, opaque)
+        case Native():
+            rendered = part.value
+    cache = part.cache if isinstance(part, Text | Media | ToolCall | ToolResult) else ""
+    if rendered is not None and cache:
+        rendered["cache_control"] = _messages_mark(cache)
+    return rendered
+
+
+def _messages_render_result(part: ToolResult) -> JsonObject:
+    result: JsonObject = {"type": "tool_result", "tool_use_id": part.call_id}
+    inner = [one for each in part.content if (one := _messages_render_part(each)) is not None]
+    if [[*one] for one in inner] == [["type", "text"]]:
+        result["content"] = inner[0]["text"]
+    elif inner:
+        result["content"] = inner
+    return {**result, **({"is_error": True} if part.is_error else {})}
+
+
+def _messages_render_reasoning(text: str, opaque: Opaque) -> JsonObject:
+    if opaque.kind == "signature":
+        return {"type": "thinking", "thinking": text, "signature": opaque.data}
+    return {"type": "redacted_thinking", "data": opaque.data}
+
+
+def _messages_render_media(media: Media) -> JsonObject:
+    if media.kind not in ("image", "document"):
+        raise refuse_part(media, "Messages")
+    titled = {"title": media.name} if media.name and media.kind == "document" else {}
+    if media.file_id:
+        source = {"type": "file", "file_id": media.file_id}
+    elif media.url:
+        source = {"type": "url", "url": media.url}
+    elif media.kind == "document" and media.mime != "application/pdf":
+        text = text_in(media)
+        if text is None:
+            raise refuse_part(media, "Messages")
+        source = {"type": "text", "media_type": "text/plain", "data": text}
+    elif media.kind == "image" and media.mime not in _MESSAGES_IMAGES:
+        raise UpstreamUnfit(
+            f"images of type {media.mime or 'unknown'} are not taken by Messages; "
+            f"send one of {', '.join(_MESSAGES_IMAGES)}",
+            code="unsupported_media_type",
+            param="image",
+        )
+    else:
+        source = {"type": "base64", "media_type": media.mime, "data": media.data}
+    return {"type": media.kind, "source": source, **titled}
+
+
+# An answer, for a caller.
+
+_MESSAGES_FINISHES, _MESSAGES_MEANINGS = finish_words(3)
+_MESSAGES_UNSIGNED = Opaque("", "none", "")  # reasoning that came with no state to keep
 
 
 def _messages_render_response(
-    prompt: Prompt, label: AnswerLabel, parts: list[StreamPart]
+    prompt: Prompt,  # noqa: ARG001  Messages echoes nothing of it
+    label: AnswerLabel,
+    choices: list[Choice],
+    usage: Usage,
+    losses: Losses,
 ) -> JsonObject:
-    content: list[JsonObject] = []
-    text = "".join(part.text for part in parts if isinstance(part, TextDelta))
-    if text:
-        content.append({"type": "text", "text": text})
-    for part in parts:
-        if isinstance(part, ToolCall):
-            call = {"id": part.id, "name": part.name, "input": json.loads(part.arguments)}
-            content.append({"type": "tool_use", **call})
-    last = parts[-1]
-    assert isinstance(last, Finished)  # noqa: S101  a part list always ends so
-    message = _messages_skeleton(prompt, label)
-    usage = {"input_tokens": last.usage.input_tokens, "output_tokens": last.usage.output_tokens}
+    answer = choices[0]
+    content = [_messages_answer_block(block, losses) for block in _messages_blocks(answer.content)]
+    message = _messages_skeleton(label)
     return {
         **message,
-        "content": content,
-        "stop_reason": _MESSAGES_STOPS[last.finish],
-        "usage": usage,
+        "content": [block for block in content if block is not None],
+        **_messages_stop(answer.finished),
+        "usage": _messages_render_usage(usage),
     }
 
 
-_MESSAGES_STOPS = {Finish.STOP: "end_turn", Finish.TOOL_CALLS: "tool_use"}
+def _messages_blocks(blocks: Iterable[Block]) -> Iterator[Block]:
+    """Blocks, with the state of calls as reasoning before them: tool_use has no place for it."""
+    for block in blocks:
+        if isinstance(block, ToolCall) and block.opaque:
+            yield Reasoning("", block.opaque)
+        yield block
 
 
-def _messages_skeleton(prompt: Prompt, label: AnswerLabel) -> JsonObject:
+def _messages_answer_block(block: Block, losses: Losses) -> JsonObject | None:
+    match block:
+        case Reasoning(text, opaque):
+            return _messages_sealed(text, opaque)
+        case ToolCall():
+            given = object_in(block.arguments)
+            if given is None:
+                losses.add("invalid_arguments", "tool_use.input")
+            return {"type": "tool_use", "id": block.id, "name": block.name, "input": given or {}}
+        case Media():
+            losses.add("dropped", "image")
+            return None
+        case Text(text) | Refusal(text):
+            return {"type": "text", "text": text} if text else None
+
+
+def _messages_sealed(text: str, opaque: Opaque | None) -> JsonObject:
+    """Reasoning as a caller keeps it. It is always sealed, or else the vendor's own: a block with
+    no signature would be refused when the conversation goes on at Claude itself."""
+    opaque = opaque or _MESSAGES_UNSIGNED
+    if text or opaque.kind == "signature":
+        signature = sealed_for(opaque, "anthropic", "signature")
+        return {"type": "thinking", "thinking": text, "signature": signature}
+    return {"type": "redacted_thinking", "data": sealed_for(opaque, "anthropic", "redacted")}
+
+
+def _messages_stop(finished: Finished) -> JsonObject:
+    reason = _MESSAGES_FINISHES[finished.finish]
+    stop: JsonObject = {"stop_reason": reason, "stop_sequence": finished.stop_sequence}
+    if reason == "refusal" and finished.detail:
+        facts = {"type": "refusal", "category": None, "explanation": finished.detail}
+        stop["stop_details"] = facts
+    return stop
+
+
+def _messages_render_usage(usage: Usage) -> JsonObject:
+    fresh = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
+    rendered: JsonObject = {
+        "input_tokens": max(0, fresh),
+        "cache_creation_input_tokens": usage.cache_write_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "output_tokens": usage.output_tokens,
+    }
+    if usage.reasoning_tokens:
+        rendered["output_tokens_details"] = {"thinking_tokens": usage.reasoning_tokens}
+    return rendered
+
+
+def _messages_skeleton(label: AnswerLabel) -> JsonObject:
     return {
         "id": f"msg_{label.id}",
         "type": "message",
         "role": "assistant",
-        "model": prompt.model,
+        "model": label.model,
         "content": [],
         "stop_reason": None,
         "stop_sequence": None,
-        "usage": {"input_tokens": 0, "output_tokens": 1},
+        "usage": {"input_tokens": label.input_tokens, "output_tokens": 1},
     }
 
 
 class _MessagesEncoder:
-    def __init__(self, prompt: Prompt, label: AnswerLabel) -> None:
-        self._message = _messages_skeleton(prompt, label)
-        self._message["usage"]["input_tokens"] = prompt.size // 4
+    """wire: one block closes before the next opens; block indices from 0; usage in the first and
+    in the last event but one; message_stop always."""
+
+    def __init__(self, prompt: Prompt, label: AnswerLabel) -> None:  # noqa: ARG002
+        self._message = _messages_skeleton(label)
+        self._in_order = InOrder()
         self._index = -1
-        self._in_text = False
-        self._opened = False
+        self._block: Block = Text()
+        self._is_open = self._opened = False
+        self._finished = Finished(Finish.STOP)
 
     def encode(self, part: StreamPart) -> bytes:
-        out = (
-            b""
-            if self._opened
-            else _messages_event({"type": "message_start", "message": self._message})
-        )
-        self._opened = True
-        match part:
-            case TextDelta(text):
-                if not self._in_text:
-                    out += self._open({"type": "text", "text": ""})
-                    self._in_text = True
-                return out + self._delta({"type": "text_delta", "text": text})
-            case ToolCall(ident, name, arguments):
-                out += self._close()
-                out += self._open({"type": "tool_use", "id": ident, "name": name, "input": {}})
-                out += self._delta({"type": "input_json_delta", "partial_json": arguments})
-                return out + _messages_event({"type": "content_block_stop", "index": self._index})
-            case Finished(finish, usage):
-                return out + self._close() + self._end(finish, usage)
+        if isinstance(part, Finished):
+            self._finished = part
+            return self._opening()
+        return self._opening() + b"".join([self._encode(p) for p in self._in_order.feed(part)])
 
-    def _open(self, block: JsonObject) -> bytes:
+    def end(self, usage: Usage) -> bytes:
+        counts = _messages_render_usage(usage)
+        event = {"type": "message_delta", "delta": _messages_stop(self._finished), "usage": counts}
+        return self._opening() + _messages_event(event) + MESSAGES.end_mark
+
+    def fail(self, error: BitrouterError) -> bytes:
+        return sse_encode(compact(_messages_render_error(error)), "error")
+
+    def _opening(self) -> bytes:
+        if self._opened:
+            return b""
+        self._opened = True
+        return _messages_event({"type": "message_start", "message": self._message})
+
+    def _encode(self, part: StreamPart) -> bytes:
+        match part:
+            case Delta(_, text):
+                return self._delta(text)
+            case Open(_, block):
+                return self._open(block)
+            case Close(_, opaque):
+                return self._close(opaque)
+        return b""
+
+    def _open(self, block: Block) -> bytes:
+        """A block begins. Texts and thoughts wait for their first words."""
+        self._block, self._is_open = block, False
+        if not isinstance(block, ToolCall):
+            return b""
+        out = b""
+        if block.opaque:
+            out = self._begin(_messages_sealed("", block.opaque)) + self._stop()
+        use = {"type": "tool_use", "id": block.id, "name": block.name, "input": {}}
+        return out + self._begin(use)
+
+    def _begin(self, block: JsonObject) -> bytes:
         self._index += 1
-        event = {"type": "content_block_start", "index": self._index, "content_block": block}
+        self._is_open = True
+        start = {"type": "content_block_start", "index": self._index, "content_block": block}
+        return _messages_event(start)
+
+    def _delta(self, text: str) -> bytes:
+        if not text:  # only what Chat Completions calls logprobs
+            return b""
+        match self._block:
+            case ToolCall():
+                delta = {"type": "input_json_delta", "partial_json": text}
+                return self._event(delta)
+            case Reasoning():
+                empty = {"type": "thinking", "thinking": "", "signature": ""}
+                out = b"" if self._is_open else self._begin(empty)
+                return out + self._event({"type": "thinking_delta", "thinking": text})
+            case Text() | Refusal():
+                out = b"" if self._is_open else self._begin({"type": "text", "text": ""})
+                return out + self._event({"type": "text_delta", "text": text})
+        return b""
+
+    def _close(self, opaque: Opaque | None) -> bytes:
+        out = b""
+        if isinstance(self._block, Reasoning):
+            opaque = opaque or _MESSAGES_UNSIGNED
+            if not self._is_open and opaque.kind != "signature":
+                return (
+                    self._begin(_messages_sealed("", opaque)) + self._stop() if opaque.data else b""
+                )
+            empty = {"type": "thinking", "thinking": "", "signature": ""}
+            out = b"" if self._is_open else self._begin(empty)
+            signature = sealed_for(opaque, "anthropic", "signature")
+            out += self._event({"type": "signature_delta", "signature": signature})
+        return out + self._stop() if self._is_open else b""
+
+    def _event(self, delta: JsonObject) -> bytes:
+        event = {"type": "content_block_delta", "index": self._index, "delta": delta}
         return _messages_event(event)
 
-    def _delta(self, delta: JsonObject) -> bytes:
-        return _messages_event(
-            {"type": "content_block_delta", "index": self._index, "delta": delta}
-        )
-
-    def _close(self) -> bytes:
-        if not self._in_text:
-            return b""
-        self._in_text = False
+    def _stop(self) -> bytes:
+        self._is_open = False
         return _messages_event({"type": "content_block_stop", "index": self._index})
-
-    def _end(self, finish: Finish, usage: Usage) -> bytes:
-        delta = {"stop_reason": _MESSAGES_STOPS[finish], "stop_sequence": None}
-        counts = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
-        event = {"type": "message_delta", "delta": delta, "usage": counts}
-        return _messages_event(event) + MESSAGES.end_mark
 
 
 def _messages_event(event: JsonObject) -> bytes:
     return sse_encode(compact(event), event["type"])
+
+
+# A provider's answer, read.
+
+_MESSAGES_GROWING = {
+    "text_delta": "text",
+    "thinking_delta": "thinking",
+    "input_json_delta": "partial_json",
+}
+
+
+class _MessagesDecoder:
+    def __init__(self, vendor: str) -> None:
+        self.model = ""
+        self._vendor = vendor
+        self._keys = itertools.count()
+        self._open: dict[int, int] = {}  # block's index -> key
+        self._states: dict[int, Opaque] = {}
+        self._late: dict[int, str] = {}  # key -> arguments that came with the block's start
+        self._cited: dict[int, int] = {}  # key -> characters of text so far, for citations
+
+    def feed(self, value: JsonObject) -> list[StreamPart]:
+        index = whole(value.get("index"))
+        match value.get("type"):
+            case "content_block_delta":
+                return self._delta(self._open.get(index), as_object(value.get("delta")))
+            case "content_block_start":
+                return self._start(index, as_object(value.get("content_block")))
+            case "content_block_stop":
+                return self._stop(index)
+            case "message_start":
+                self.model = str(dig(value, "message", "model") or "")
+            case "message_delta":
+                delta = as_object(value.get("delta"))
+                if delta.get("stop_reason"):
+                    return [*self.finish(), _messages_finished(delta)]
+        return []
+
+    def finish(self) -> list[StreamPart]:
+        return [part for index in list(self._open) for part in self._stop(index)]
+
+    def whole(self, value: JsonObject) -> list[StreamPart]:
+        self.model = str(value.get("model") or "")
+        out: list[StreamPart] = []
+        for item in as_list(value.get("content")):
+            block = self._block(as_object(item))
+            out += parts_of(block, next(self._keys)) if block is not None else ()
+        return [*out, _messages_finished(value)]
+
+    def _block(self, item: JsonObject) -> Block | None:
+        match item.get("type"):
+            case "text":
+                text = str(item.get("text") or "")
+                cited = [
+                    _messages_citation(one, len(text)) for one in as_list(item.get("citations"))
+                ]
+                return Text(text, tuple(one for one in cited if one))
+            case "tool_use":
+                given = item.get("input")
+                arguments = compact(given).decode() if given else ""
+                return ToolCall(str(item.get("id") or ""), str(item.get("name") or ""), arguments)
+            case "thinking":
+                signature = opaque_from(item.get("signature"), self._vendor, "signature")
+                return Reasoning(str(item.get("thinking") or ""), signature)
+            case "redacted_thinking":
+                return Reasoning("", opaque_from(item.get("data"), self._vendor, "redacted"))
+        return None
+
+    def _start(self, index: int, item: JsonObject) -> list[StreamPart]:
+        block = self._block(item)
+        if block is None:
+            return []
+        key = self._open[index] = next(self._keys)
+        if isinstance(block, Reasoning) and block.opaque:
+            self._states[key] = block.opaque
+        text, block = text_of(block), with_text(block, "")
+        if isinstance(block, ToolCall):
+            self._late[key] = text
+            return [Open(key, block)]
+        opened = Open(key, Reasoning() if isinstance(block, Reasoning) else Text())
+        return [opened, Delta(key, text)] if text else [opened]
+
+    def _delta(self, key: int | None, delta: JsonObject) -> list[StreamPart]:
+        kind = delta.get("type")
+        if key is None:
+            return []
+        if kind == "signature_delta":
+            said = self._states.get(key, Opaque(self._vendor, "signature", ""))
+            more = delta["signature"] if isinstance(delta.get("signature"), str) else ""
+            self._states[key] = said._replace(data=said.data + more)
+            return []
+        if kind == "citations_delta":
+            citation = _messages_citation(delta.get("citation"), self._cited.get(key, 0))
+            return [Cite(key, citation)] if citation else []
+        text = delta.get(_MESSAGES_GROWING.get(str(kind), ""))
+        if not isinstance(text, str) or not text:
+            return []
+        self._late.pop(key, None)
+        if kind == "text_delta":
+            self._cited[key] = self._cited.get(key, 0) + len(text)
+        return [Delta(key, text)]
+
+    def _stop(self, index: int) -> list[StreamPart]:
+        key = self._open.pop(index, None)
+        if key is None:
+            return []
+        late = self._late.pop(key, "")
+        state = self._states.pop(key, None)
+        close = Close(key, state if state and state.data else None)
+        return [Delta(key, late), close] if late else [close]
+
+
+def _messages_finished(facts: JsonObject) -> Finished:
+    raw = str(facts.get("stop_reason") or "")
+    sequence = facts.get("stop_sequence")
+    return Finished(
+        _MESSAGES_MEANINGS.get(raw, Finish.STOP),
+        raw=raw,
+        stop_sequence=sequence if isinstance(sequence, str) else None,
+        detail=str(dig(facts, "stop_details", "explanation") or ""),
+    )
+
+
+def _messages_citation(cited: Json, end: int) -> Citation | None:
+    url = dig(cited, "url") or dig(cited, "source")
+    if not isinstance(url, str) or "://" not in url:
+        return None  # a place in a document of the caller's own
+    return Citation(url, str(dig(cited, "title") or ""), 0, end)
+
+
+def _messages_unseal(body: JsonObject, vendor: str) -> bool:
+    changed = False
+    for message in as_list(body.get("messages")):
+        content = dig(message, "content")
+        kept: list[Json] = []
+        for block in as_list(content):
+            name = {"thinking": "signature", "redacted_thinking": "data"}.get(
+                dig(block, "type"), ""
+            )
+            sealed = dig(block, name)
+            if isinstance(sealed, str) and sealed.startswith(ENVELOPE):
+                changed = True
+                opaque = unseal(sealed)
+                if opaque is None or opaque.vendor != vendor:
+                    continue
+                block = _messages_render_reasoning(str(block.get("thinking") or ""), opaque)
+            kept.append(block)
+        if isinstance(content, list) and len(kept) <= len(content):
+            message["content"] = kept or [{"type": "text", "text": "."}]
+    return changed
 
 
 MESSAGES = Codec(
@@ -1729,13 +5413,17 @@ MESSAGES = Codec(
     frame=_messages_frame,
     fail_stream=_messages_fail_stream,
     parse_request=_messages_parse_request,
+    render_request=_messages_render_request,
     render_response=_messages_render_response,
+    decoder=_MessagesDecoder,
     encoder=_MessagesEncoder,
+    names=re.compile(r"[A-Za-z0-9_-]{1,128}"),
+    unseal=_messages_unseal,
 )
 
 
 # ---------------------------------------------------------------------------------------------
-# 9. gemini: Google generateContent (pure)
+# 11. gemini: Google generateContent (pure)
 # ---------------------------------------------------------------------------------------------
 # wire: ai.google.dev/api/generate-content, read 2026-11. google-genai's reader is no SSE reader:
 # it dies on comments, `event:` lines and [DONE]; an error must have `error` as its first key and
@@ -1819,6 +5507,781 @@ def _gemini_fail_stream(error: BitrouterError, state: StreamState, last: bytes) 
     return b"data: %b\r\n\r\n" % compact(_gemini_render_error(error))
 
 
+# A caller's request, read. Every field may come in camelCase or in snake_case, in one body.
+
+_GEMINI_KNOWN = frozenset({
+    "contents", "systemInstruction", "tools", "toolConfig", "generationConfig", "serviceTier",
+    "labels", "model", "store",
+})  # fmt: skip
+_GEMINI_SETTINGS = frozenset({
+    "maxOutputTokens", "temperature", "topP", "topK", "stopSequences", "candidateCount", "seed",
+    "presencePenalty", "frequencyPenalty", "responseLogprobs", "logprobs", "responseMimeType",
+    "responseSchema", "responseJsonSchema", "thinkingConfig", "responseModalities",
+})  # fmt: skip
+# What these hold has names of the caller's own.
+_GEMINI_FREE = {
+    "args", "response", "parameters", "parametersJsonSchema", "responseSchema",
+    "responseJsonSchema", "labels",
+}  # fmt: skip
+_GEMINI_MAX_DEPTH = 32
+
+
+def _gemini_respelt(value: Json, depth: int = 0) -> Json:
+    """JSON with its field names in camelCase. Raises BadRequest."""
+    if depth > _GEMINI_MAX_DEPTH:
+        raise BadRequest("the body's JSON is nested too deeply")
+    if isinstance(value, list):
+        return [_gemini_respelt(one, depth + 1) for one in value]
+    if not isinstance(value, dict):
+        return value
+    new = {}
+    for key, inner in value.items():
+        name = _gemini_camel(key) if "_" in key else key
+        new[name] = inner if name in _GEMINI_FREE else _gemini_respelt(inner, depth + 1)
+    return new
+
+
+@functools.lru_cache(maxsize=512)
+def _gemini_camel(key: str) -> str:
+    first, *rest = key.split("_")
+    return first + "".join(word[:1].upper() + word[1:] for word in rest)
+
+
+def _gemini_parse_request(raw: JsonObject) -> Prompt:
+    body = _gemini_respelt(raw)
+    messages = _gemini_messages(body.get("contents"))
+    if not messages:
+        raise BadRequest("contents: expected a list with at least one content", param="contents")
+    system = body.get("systemInstruction")
+    if system:
+        given = {"parts": [{"text": system}]} if isinstance(system, str) else system
+        said, _ = _gemini_content(typed(given, dict, "systemInstruction"), "systemInstruction", {})
+        messages.insert(0, Message("system", said))
+    settings = maybe(body, "generationConfig", dict) or {}
+    extra = the_rest(body, _GEMINI_KNOWN) | the_rest(settings, _GEMINI_SETTINGS)
+    if (modalities := settings.get("responseModalities")) and modalities != ["TEXT"]:
+        extra["responseModalities"] = modalities
+    return Prompt(
+        model=str(body.get("model") or ""),
+        messages=tuple(messages),
+        source=ApiProtocol.GENERATE_CONTENT,
+        max_tokens=count_in(settings, "maxOutputTokens"),
+        sampling=_gemini_sampling(settings),
+        tools=tuple(_gemini_tools(body.get("tools"))),
+        tool_choice=_gemini_tool_choice(dig(body, "toolConfig", "functionCallingConfig")),
+        output=_gemini_output(settings),
+        thinking=_gemini_thinking(as_object(settings.get("thinkingConfig"))),
+        tier=str(body.get("serviceTier") or "").lower(),
+        metadata=maybe(body, "labels", dict),
+        extra=extra,
+    )
+
+
+def _gemini_sampling(settings: JsonObject) -> Sampling:
+    alternatives = count_in(settings, "logprobs") or 0
+    return Sampling(
+        temperature=number(settings, "temperature"),
+        top_p=number(settings, "topP"),
+        top_k=count_in(settings, "topK"),
+        seed=maybe(settings, "seed", int),
+        presence_penalty=number(settings, "presencePenalty"),
+        frequency_penalty=number(settings, "frequencyPenalty"),
+        stop=strings_in(settings.get("stopSequences"), "generationConfig.stopSequences"),
+        n=count_in(settings, "candidateCount") or 1,
+        logprobs=alternatives if settings.get("responseLogprobs") else None,
+    )
+
+
+def _gemini_output(settings: JsonObject) -> OutputFormat | None:
+    schema = settings.get("responseJsonSchema")
+    if isinstance(schema, dict):
+        return OutputFormat("json_schema", schema=schema)
+    if isinstance(settings.get("responseSchema"), dict):
+        return OutputFormat("json_schema", schema=from_gemini(settings["responseSchema"]))
+    wants_json = settings.get("responseMimeType") == "application/json"
+    return OutputFormat("json_object") if wants_json else None
+
+
+def _gemini_thinking(config: JsonObject) -> Thinking:
+    level = str(config.get("thinkingLevel") or "").lower()
+    budget = config.get("thinkingBudget")
+    visible = config.get("includeThoughts")
+    effort = level if level in EFFORTS else ""
+    if not effort and type(budget) is int:
+        effort = effort_of(budget)
+    counted = budget if type(budget) is int and budget > 0 else None
+    return Thinking(effort, counted, visible=visible if isinstance(visible, bool) else None)
+
+
+def _gemini_tools(tools: Json) -> Iterator[Tool]:
+    for where, tool in each_object(tools, "tools"):
+        for here, one in each_object(
+            tool.get("functionDeclarations"), f"{where}.functionDeclarations"
+        ):
+            schema = one.get("parametersJsonSchema")
+            if not isinstance(schema, dict):
+                schema = from_gemini(one["parameters"]) if one.get("parameters") else None
+            name = typed(one.get("name"), str, f"{here}.name")
+            yield Tool(name, str(one.get("description") or ""), schema)
+        for kind, value in tool.items():
+            if kind != "functionDeclarations" and value is not None:
+                name = WEB_SEARCH if kind in ("googleSearch", "googleSearchRetrieval") else kind
+                native = Native(ApiProtocol.GENERATE_CONTENT, {kind: value})
+                yield Tool(name, kind="hosted", native=native)
+
+
+_GEMINI_MODES = {"AUTO": "auto", "NONE": "none", "ANY": "required", "VALIDATED": "auto"}
+
+
+def _gemini_tool_choice(config: Json) -> ToolChoice | None:
+    mode = _GEMINI_MODES.get(str(dig(config, "mode")).upper())
+    if mode is None:
+        return None
+    names = strings_in(config.get("allowedFunctionNames"), "toolConfig.allowedFunctionNames")
+    if not names or mode == "none":
+        return ToolChoice(mode)
+    if mode == "required" and len(names) == 1:
+        return ToolChoice("named", names)
+    return ToolChoice("allowed", names, mode == "required")
+
+
+def _gemini_messages(contents: Json) -> list[Message]:
+    """Messages; calls without ids get some, and results find theirs by name, in order."""
+    messages: list[Message] = []
+    waiting: dict[str, list[str]] = {}  # tool's name -> ids of its calls that await a result
+    given = [contents] if isinstance(contents, dict) else contents
+    for turn, (where, content) in enumerate(each_object(given, "contents")):
+        role = content.get("role") or "user"
+        if role not in ("user", "model", "function"):
+            found = show_json(role)
+            raise BadRequest(
+                f"{where}.role: expected user or model; got {found}", param=f"{where}.role"
+            )
+        parts, called = _gemini_content(content, where, waiting, turn)
+        for name, ident in called:
+            waiting.setdefault(name, []).append(ident)
+        messages.append(Message("assistant" if role == "model" else "user", parts))
+    return messages
+
+
+def _gemini_content(
+    content: JsonObject, where: str, waiting: dict[str, list[str]], turn: int = 0
+) -> tuple[tuple[Content, ...], list[tuple[str, str]]]:
+    """The parts of a content, and the calls in it: names and ids."""
+    parts: list[Content] = []
+    called: list[tuple[str, str]] = []
+    for here, part in each_object(content.get("parts"), f"{where}.parts"):
+        state = _gemini_state(part.get("thoughtSignature"))
+        if "functionCall" in part:
+            call = typed(part["functionCall"], dict, f"{here}.functionCall")
+            name = typed(call.get("name"), str, f"{here}.functionCall.name")
+            ident = str(call.get("id") or f"call_g{turn}_{len(called)}")
+            called.append((name, ident))
+            google = state if state and state.kind == "thought" else None
+            if state and not google:
+                parts.append(Reasoning("", state))
+            arguments = compact(as_object(call.get("args"))).decode()
+            parts.append(ToolCall(ident, name, arguments, opaque=google))
+        elif "functionResponse" in part:
+            parts.append(
+                _gemini_result(part["functionResponse"], f"{here}.functionResponse", waiting)
+            )
+        elif part.get("thought"):
+            parts.append(Reasoning(str(part.get("text") or ""), state))
+        else:
+            one = _gemini_part(part, here)
+            parts += [one] if one else []
+            parts += [Reasoning("", state)] if state else []
+    return _gemini_joined(parts), called
+
+
+def _gemini_joined(parts: list[Content]) -> tuple[Content, ...]:
+    """Thoughts that were streamed in pieces, as one, with the state that came last."""
+    joined: list[Content] = []
+    for part in parts:
+        last = joined[-1] if joined else None
+        if isinstance(part, Reasoning) and isinstance(last, Reasoning) and not last.opaque:
+            joined[-1] = Reasoning(last.text + part.text, part.opaque)
+        else:
+            joined.append(part)
+    return tuple(joined)
+
+
+def _gemini_state(signature: Json) -> Opaque | None:
+    """A signature as Gemini minted it, or what we sealed into one. wire: base64 of either
+    alphabet; google-genai sends back the URL-safe one."""
+    if not isinstance(signature, str) or not signature:
+        return None
+    with suppress(ValueError):
+        raw = from_base64(signature)
+        if raw.startswith(ENVELOPE.encode()):
+            return unseal(raw.decode("latin-1"))
+    return Opaque("google", "thought", standard_base64(signature))
+
+
+def _gemini_sealed(opaque: Opaque) -> str:
+    if (opaque.vendor, opaque.kind) == ("google", "thought"):
+        return opaque.data
+    return base64.b64encode(seal(opaque).encode()).decode()
+
+
+def _gemini_part(part: JsonObject, where: str) -> Content | None:
+    if "text" in part:
+        text = typed(part["text"], str, f"{where}.text")
+        return Text(text) if text else None
+    if "inlineData" in part:
+        blob = typed(part["inlineData"], dict, f"{where}.inlineData")
+        mime = str(blob.get("mimeType") or "")
+        name = str(blob.get("displayName") or "")
+        here = f"{where}.inlineData.data"
+        media = media_of_bytes(kind_of_mime(mime), mime, blob.get("data"), here, name=name)
+        return media._replace(kind=kind_of_mime(media.mime))
+    if "fileData" in part:
+        file = typed(part["fileData"], dict, f"{where}.fileData")
+        mime = str(file.get("mimeType") or mime_of_path(str(file.get("fileUri"))))
+        uri = typed(file.get("fileUri"), str, f"{where}.fileData.fileUri")
+        if uri.startswith(("gs://", "files/")) or "generativelanguage" in uri:
+            return Media(kind_of_mime(mime), mime, file_id=uri, vendor="google")
+        return media_at(kind_of_mime(mime), uri, f"{where}.fileData.fileUri", mime=mime)
+    if not part:
+        return None
+    return Native(ApiProtocol.GENERATE_CONTENT, part)
+
+
+def _gemini_result(result: Json, where: str, waiting: dict[str, list[str]]) -> ToolResult:
+    typed(result, dict, where)
+    name = typed(result.get("name"), str, f"{where}.name")
+    open_calls = waiting.get(name, [])
+    ident = result.get("id")
+    if not isinstance(ident, str) or not ident:
+        if not open_calls:
+            raise BadRequest(f"{where}: no call of {show_json(name)} awaits a result", param=where)
+        ident = open_calls[0]
+    elif ident not in open_calls:
+        found = show_json(ident)
+        raise BadRequest(f"{where}.id: no call before it has the id {found}", param=f"{where}.id")
+    open_calls.remove(ident)
+    response = result.get("response")
+    is_error = isinstance(response, dict) and [*response] == ["error"]
+    if isinstance(response, dict) and len(response) == 1 and not {*response} - _GEMINI_WRAPPERS:
+        response = next(iter(response.values()))
+    text = response if isinstance(response, str) else compact(response).decode()
+    content: list[Text | Media] = [Text(text)] if text else []
+    for here, part in each_object(result.get("parts"), f"{where}.parts"):
+        one = _gemini_part(part, here)
+        content += [one] if isinstance(one, Text | Media) else []
+    return ToolResult(ident, tuple(content), is_error, name)
+
+
+_GEMINI_WRAPPERS = {"output", "error", "result"}
+
+
+# A request for a provider, written.
+
+# wire: ai.google.dev/gemini-api/docs/thought-signatures, read 2026-11: for calls that no Gemini
+# model made, so that nobody could sign them
+_GEMINI_NO_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
+_GEMINI_TIERS = ("flex", "standard", "priority")
+
+
+def _gemini_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> JsonObject:
+    same = prompt.source is ApiProtocol.GENERATE_CONTENT
+    messages = list(prompt.messages)
+    system: list[Content] = []
+    while messages and messages[0].role in ("system", "developer"):
+        system += messages.pop(0).content
+    contents = []
+    for turn in turns(messages):
+        parts = _gemini_render_turn(turn, traits, losses)
+        if parts:
+            role = "model" if turn.role == "assistant" else "user"
+            contents.append({"role": role, "parts": parts})
+    if not contents or contents[0]["role"] == "model":
+        contents.insert(0, {"role": "user", "parts": [{"text": "."}]})
+    tools = _gemini_render_tools(prompt.tools, traits)
+    tier = prompt.tier if prompt.tier in _GEMINI_TIERS else "standard" if prompt.tier else None
+    choice = _gemini_render_choice(prompt.tool_choice) if tools else None
+    body = {
+        "contents": contents,
+        "systemInstruction": {"parts": [{"text": joined_text(system)}]} if system else None,
+        "tools": tools or None,
+        "toolConfig": {"functionCallingConfig": choice} if choice else None,
+        "generationConfig": _gemini_render_settings(prompt, traits) or None,
+        "serviceTier": None if tier is None or prompt.tier in ("auto", "default") else tier,
+        **(prompt.extra if same else {}),
+    }
+    return no_nulls(body)
+
+
+def _gemini_render_settings(prompt: Prompt, traits: Traits) -> JsonObject:
+    sampling, output = prompt.sampling, prompt.output
+    settings: JsonObject = {
+        "maxOutputTokens": prompt.max_tokens,
+        "temperature": sampling.temperature,
+        "topP": sampling.top_p,
+        "topK": sampling.top_k,
+        "stopSequences": list(sampling.stop) or None,
+        "candidateCount": sampling.n if sampling.n > 1 else None,
+        "seed": sampling.seed,
+        "presencePenalty": sampling.presence_penalty,
+        "frequencyPenalty": sampling.frequency_penalty,
+        "responseLogprobs": None if sampling.logprobs is None else True,
+        "logprobs": sampling.logprobs or None,
+        "thinkingConfig": _gemini_render_thinking(prompt.thinking, traits) or None,
+    }
+    if output:
+        settings["responseMimeType"] = "application/json"
+    if output and output.schema is not None:
+        if traits.schema == "legacy":
+            settings["responseSchema"] = for_old_gemini(output.schema)
+        else:
+            settings["responseJsonSchema"] = for_gemini(output.schema)
+    return no_nulls(settings)
+
+
+def _gemini_render_thinking(wanted: Thinking, traits: Traits) -> JsonObject:
+    config: JsonObject = {}
+    if wanted.visible is not None:
+        config["includeThoughts"] = wanted.visible and wanted.effort != "none"
+    if traits.thinking == "budget" and (wanted.effort or wanted.budget):
+        by_effort = {effort: gemini for effort, _, gemini, _ in EFFORT_ROSETTA}
+        least = 0 if traits.can_stop_thinking else 128
+        config["thinkingBudget"] = max(least, wanted.budget or by_effort.get(wanted.effort, 0))
+    elif wanted.effort:
+        level = nearest_effort(wanted.effort, traits.efforts)
+        config["thinkingLevel"] = level.upper() if level in EFFORTS else "LOW"
+    return config
+
+
+def _gemini_render_tools(tools: tuple[Tool, ...], traits: Traits) -> list[JsonObject]:
+    declared: list[JsonObject] = []
+    hosted: list[JsonObject] = []
+    for tool in tools:
+        if tool.native:
+            own = tool.native.protocol is ApiProtocol.GENERATE_CONTENT
+            hosted.append(tool.native.value if own else {"googleSearch": {}})
+            continue
+        one: JsonObject = {"name": tool.name, "description": tool.description or tool.name}
+        schema = tool.schema or {}
+        if schema.get("properties") or any(key in schema for key in ("$ref", "anyOf")):
+            if traits.schema == "legacy":
+                one["parameters"] = for_old_gemini(object_schema(schema))
+            else:
+                one["parametersJsonSchema"] = for_gemini(object_schema(schema))
+        declared.append(one)
+    return ([{"functionDeclarations": declared}] if declared else []) + hosted
+
+
+def _gemini_render_choice(choice: ToolChoice | None) -> JsonObject | None:
+    match choice.mode if choice else None:
+        case "auto" | "none" as mode:
+            return {"mode": mode.upper()}
+        case "required":
+            return {"mode": "ANY"}
+        case "named" | "allowed" if choice:
+            return {"mode": "ANY", "allowedFunctionNames": list(choice.names)}
+    return None
+
+
+def _gemini_render_turn(turn: Message, traits: Traits, losses: Losses) -> list[JsonObject]:
+    """The parts of a turn. A signature stands on the part that it came with, or else on the next
+    one; the first call of a turn must have one."""
+    parts: list[JsonObject] = []
+    waiting: Opaque | None = None
+    signed = False
+    for part in turn.content:
+        if isinstance(part, Reasoning):
+            if part.opaque and part.text:
+                thought = {"text": part.text, "thought": True}
+                parts.append({**thought, "thoughtSignature": part.opaque.data})
+            waiting = part.opaque if not part.text else waiting
+            continue
+        rendered = _gemini_render_part(part, traits)
+        if not rendered:
+            continue
+        if turn.role == "assistant" and isinstance(part, Text | ToolCall):
+            state = part.opaque if isinstance(part, ToolCall) else None
+            state, waiting = (state, waiting) if state else (waiting, None)
+            if state:
+                rendered[0]["thoughtSignature"] = state.data
+            elif isinstance(part, ToolCall) and not signed and traits.call_ids:
+                losses.add("signature_missing", "thoughtSignature", harmful=False)
+                rendered[0]["thoughtSignature"] = _GEMINI_NO_SIGNATURE
+            signed = signed or isinstance(part, ToolCall)
+        parts += rendered
+    if waiting:
+        parts.append({"text": "", "thoughtSignature": waiting.data})
+    return parts
+
+
+def _gemini_render_part(part: Content, traits: Traits) -> list[JsonObject]:
+    match part:
+        case Text(text) | Refusal(text):
+            return [{"text": text}] if text else []
+        case Media():
+            return [_gemini_render_media(part)]
+        case ToolCall():
+            given = object_in(part.arguments)
+            call: JsonObject = {"name": part.name}
+            call["args"] = {"input": part.arguments} if given is None else given
+            return [{"functionCall": {**({"id": part.id} if traits.call_ids else {}), **call}}]
+        case ToolResult():
+            return _gemini_render_result(part, traits)
+        case Native():
+            return [part.value]
+    return []
+
+
+def _gemini_render_result(result: ToolResult, traits: Traits) -> list[JsonObject]:
+    texts = [p.text if isinstance(p, Text) else text_in(p) for p in result.content]
+    text = "\n".join(one for one in texts if one is not None)
+    value: Json = text
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text) if text.lstrip().startswith(("{", "[")) else text
+    response = {"error" if result.is_error else "output": value}
+    media = [p for p in result.content if isinstance(p, Media) and text_in(p) is None]
+    shown = [_gemini_render_media(one) for one in media]
+    rendered: JsonObject = {"id": result.call_id} if traits.call_ids else {}
+    rendered |= {"name": result.name, "response": response}
+    if shown and traits.call_ids:
+        rendered["parts"] = shown
+        shown = []
+    return [{"functionResponse": rendered}, *shown]
+
+
+def _gemini_render_media(media: Media) -> JsonObject:
+    if media.data:
+        blob = {"mimeType": media.mime or "application/octet-stream", "data": media.data}
+        return {"inlineData": blob}
+    mime = media.mime or {"image": "image/jpeg", "document": "application/pdf"}.get(media.kind, "")
+    file = {"fileUri": media.url or media.file_id, **({"mimeType": mime} if mime else {})}
+    return {"fileData": file}
+
+
+# An answer, for a caller.
+
+_GEMINI_FINISHES, _GEMINI_MEANINGS = finish_words(4)
+
+
+def _gemini_render_response(
+    prompt: Prompt,  # noqa: ARG001  generateContent echoes nothing of it
+    label: AnswerLabel,
+    choices: list[Choice],
+    usage: Usage,
+    losses: Losses,
+) -> JsonObject:
+    candidates = []
+    for choice in choices:
+        parts = [part for b in choice.content for part in _gemini_answer_parts(b, losses)]
+        candidate = _gemini_candidate(choice.finished.choice, parts or [{"text": ""}])
+        candidate |= _gemini_finish(choice.finished)
+        texts = [block for block in choice.content if isinstance(block, Text)]
+        candidate |= _gemini_grounding([(t.text, c) for t in texts for c in t.citations])
+        candidate |= _gemini_logprobs([one for text in texts for one in text.logprobs])
+        candidates.append(candidate)
+    return {"candidates": candidates, **_gemini_head(label), **_gemini_counts(usage)}
+
+
+def _gemini_head(label: AnswerLabel) -> JsonObject:
+    return {"modelVersion": label.model, "responseId": label.id}
+
+
+def _gemini_candidate(index: int, parts: list[JsonObject]) -> JsonObject:
+    return {"content": {"role": "model", "parts": parts}, "index": index}
+
+
+def _gemini_finish(finished: Finished) -> JsonObject:
+    facts: JsonObject = {"finishReason": _GEMINI_FINISHES[finished.finish]}
+    if finished.detail:
+        facts["finishMessage"] = finished.detail
+    return facts
+
+
+def _gemini_counts(usage: Usage) -> JsonObject:
+    counts = {
+        "promptTokenCount": usage.input_tokens,
+        "candidatesTokenCount": max(0, usage.output_tokens - usage.reasoning_tokens),
+        "totalTokenCount": usage.input_tokens + usage.output_tokens,
+    }
+    if usage.cached_tokens:
+        counts["cachedContentTokenCount"] = usage.cached_tokens
+    if usage.reasoning_tokens:
+        counts["thoughtsTokenCount"] = usage.reasoning_tokens
+    return {"usageMetadata": counts}
+
+
+def _gemini_answer_parts(block: Block, losses: Losses) -> list[JsonObject]:
+    match block:
+        case Reasoning(text, opaque):
+            thought: JsonObject = {"text": text, "thought": True}
+            if opaque:
+                thought["thoughtSignature"] = _gemini_sealed(opaque)
+            return [thought]
+        case ToolCall():
+            given = object_in(block.arguments)
+            if given is None:
+                losses.add("invalid_arguments", "functionCall.args")
+            facts = {"id": block.id, "name": block.name, "args": given or {}}
+            call: JsonObject = {"functionCall": facts}
+            if block.opaque:
+                call["thoughtSignature"] = _gemini_sealed(block.opaque)
+            return [call]
+        case Media():
+            return [{"inlineData": {"mimeType": block.mime, "data": block.data}}]
+    return [{"text": block.text}]
+
+
+def _gemini_grounding(cited: list[tuple[str, Citation]]) -> JsonObject:
+    """Citations as grounding. wire: its indices count bytes, not characters."""
+    if not cited:
+        return {}
+    chunks: list[JsonObject] = []
+    supports = []
+    for text, one in cited:
+        web = {"web": {"uri": one.url, "title": one.title}}
+        if web not in chunks:
+            chunks.append(web)
+        start, end = (len(text[:at].encode("utf-8", "replace")) for at in (one.start, one.end))
+        segment = {"startIndex": start, "endIndex": end, "text": text[one.start : one.end]}
+        supports.append({"segment": segment, "groundingChunkIndices": [chunks.index(web)]})
+    return {"groundingMetadata": {"groundingChunks": chunks, "groundingSupports": supports}}
+
+
+def _gemini_logprobs(told: Iterable[JsonObject]) -> JsonObject:
+    chosen = [{"token": one.get("token"), "logProbability": one.get("logprob")} for one in told]
+    return {"logprobsResult": {"chosenCandidates": chosen}} if chosen else {}
+
+
+class _GeminiEncoder:
+    """wire: one line of data to an event; a part in every chunk; calls whole; the finish and the
+    usage on the last chunk, which has a part too."""
+
+    def __init__(self, prompt: Prompt, label: AnswerLabel) -> None:  # noqa: ARG002
+        self._head = _gemini_head(label)
+        self._blocks: dict[int, tuple[Block, int]] = {}
+        self._arguments: dict[int, list[str]] = {}
+        self._texts: dict[int, list[str]] = {}  # key -> what a citation points into
+        self._cited: dict[int, list[tuple[int, Citation]]] = {}  # choice -> key and citation
+        self._finished: dict[int, Finished] = {}
+
+    def encode(self, part: StreamPart) -> bytes:
+        match part:
+            case Delta():
+                return self._delta(part)
+            case Open(key, block, choice):
+                self._blocks[key] = (block, choice)
+                self._arguments[key] = []
+                return b""
+            case Cite(key, citation):
+                self._cited.setdefault(self._blocks[key][1], []).append((key, citation))
+            case Close(key, opaque):
+                return self._close(key, opaque)
+            case Finished():
+                self._finished[part.choice] = part
+        return b""
+
+    def end(self, usage: Usage) -> bytes:
+        candidates = []
+        for index, finished in sorted(self._finished.items()):
+            candidate = _gemini_candidate(index, [{"text": ""}]) | _gemini_finish(finished)
+            cited = [("".join(self._texts[k]), c) for k, c in self._cited.get(index, ())]
+            candidates.append(candidate | _gemini_grounding(cited))
+        return self._event({"candidates": candidates, **self._head, **_gemini_counts(usage)})
+
+    def fail(self, error: BitrouterError) -> bytes:
+        return self._event(_gemini_render_error(error))
+
+    def _delta(self, part: Delta) -> bytes:
+        block, choice = self._blocks[part.key]
+        if isinstance(block, ToolCall):
+            self._arguments[part.key].append(part.text)
+            return b""
+        if not part.text:
+            return b""
+        if isinstance(block, Text):
+            self._texts.setdefault(part.key, []).append(part.text)
+        thought = {"thought": True} if isinstance(block, Reasoning) else {}
+        more = _gemini_logprobs(part.logprobs)
+        return self._chunk(choice, [{"text": part.text, **thought}], more)
+
+    def _close(self, key: int, opaque: Opaque | None) -> bytes:
+        block, choice = self._blocks[key]
+        if isinstance(block, Reasoning):
+            return (
+                self._chunk(choice, _gemini_answer_parts(Reasoning("", opaque), Losses()))
+                if opaque
+                else b""
+            )
+        if isinstance(block, ToolCall | Media):
+            whole_block = with_text(block, "".join(self._arguments[key]))
+            return self._chunk(choice, _gemini_answer_parts(whole_block, Losses()))
+        return b""
+
+    def _chunk(self, choice: int, parts: list[JsonObject], more: JsonObject | None = None) -> bytes:
+        candidate = {**_gemini_candidate(choice, parts), **(more or {})}
+        return self._event({"candidates": [candidate], **self._head})
+
+    def _event(self, value: JsonObject) -> bytes:
+        return b"data: %b\r\n\r\n" % compact(value)
+
+
+# A provider's answer, read.
+
+
+class _GeminiDecoder:
+    def __init__(self, vendor: str) -> None:
+        self.model = ""
+        self._vendor = vendor
+        self._keys = itertools.count()
+        self._open: dict[int, tuple[str, int]] = {}  # choice -> what is open in it, and its key
+        self._texts: dict[int, tuple[int, str]] = {}  # choice -> its last text: key and words
+        self._over: set[int] = set()
+
+    def feed(self, value: JsonObject) -> list[StreamPart]:
+        if not self.model:
+            self.model = str(value.get("modelVersion") or "")
+        out: list[StreamPart] = []
+        for candidate in as_list(value.get("candidates")):
+            self._candidate(out, as_object(candidate))
+        reason = dig(value, "promptFeedback", "blockReason")
+        if isinstance(reason, str) and reason and 0 not in self._over:
+            self._over.add(0)
+            detail = str(dig(value, "promptFeedback", "blockReasonMessage") or "")
+            out.append(Finished(Finish.CONTENT_FILTER, raw=reason, detail=detail))
+        return out
+
+    def finish(self) -> list[StreamPart]:
+        return [part for choice in list(self._open) for part in self._close(choice)]
+
+    def whole(self, value: JsonObject) -> list[StreamPart]:
+        return [*self.feed(value), *self.finish()]
+
+    def _candidate(self, out: list[StreamPart], candidate: JsonObject) -> None:
+        choice = whole(candidate.get("index"))
+        for part in as_list(dig(candidate, "content", "parts")):
+            self._part(out, choice, as_object(part))
+        logprobs = _gemini_read_logprobs(candidate.get("logprobsResult"))
+        if self._open.get(choice, ("",))[0] == "text":
+            key, text = self._texts[choice]
+            out += [Delta(key, "", logprobs)] if logprobs else []
+            for cited in _gemini_citations(as_object(candidate.get("groundingMetadata")), text):
+                out.append(Cite(key, cited))
+        reason = candidate.get("finishReason")
+        if isinstance(reason, str) and reason and choice not in self._over:
+            self._over.add(choice)
+            out += self._close(choice)
+            detail = str(candidate.get("finishMessage") or "")
+            out.append(Finished(self._meaning(choice, reason), choice, reason, detail=detail))
+
+    def _meaning(self, choice: int, reason: str) -> Finish:
+        if reason == "OTHER":
+            return Finish.STOP if choice in self._texts else Finish.CONTENT_FILTER
+        return _GEMINI_MEANINGS.get(reason, Finish.STOP)
+
+    def _part(self, out: list[StreamPart], choice: int, part: JsonObject) -> None:
+        signature = part.get("thoughtSignature")
+        state = None
+        if isinstance(signature, str) and signature:
+            state = Opaque(self._vendor, "thought", standard_base64(signature), self.model)
+        call, blob = part.get("functionCall"), part.get("inlineData")
+        if isinstance(call, dict):
+            arguments = compact(as_object(call.get("args"))).decode()
+            block = ToolCall(str(call.get("id") or ""), str(call.get("name") or ""), arguments)
+            out += self._close(choice)
+            out += parts_of(block._replace(opaque=state), next(self._keys), choice)
+        elif isinstance(blob, dict) and isinstance(blob.get("data"), str):
+            mime = str(blob.get("mimeType") or "")
+            out += self._close(choice)
+            media = Media(kind_of_mime(mime), mime, standard_base64(blob["data"]))
+            out += parts_of(media, next(self._keys), choice)
+        elif isinstance(part.get("text"), str):
+            self._grow(out, choice, part["text"], thought=part.get("thought") is True, state=state)
+
+    def _grow(
+        self, out: list[StreamPart], choice: int, text: str, *, thought: bool, state: Opaque | None
+    ) -> None:
+        kind = "thought" if thought else "text"
+        if text:
+            if choice not in self._open or self._open[choice][0] != kind:
+                out += self._close(choice)
+                key = next(self._keys)
+                self._open[choice] = (kind, key)
+                out.append(Open(key, Reasoning() if thought else Text(), choice))
+                if not thought:
+                    self._texts[choice] = (key, "")
+            key = self._open[choice][1]
+            out.append(Delta(key, text))
+            if not thought:
+                self._texts[choice] = (key, self._texts[choice][1] + text)
+        if state and thought and self._open.get(choice, ("",))[0] == "thought":
+            out += self._close(choice, state)
+        elif state:
+            out += self._close(choice)
+            out += parts_of(Reasoning("", state), next(self._keys), choice)
+
+    def _close(self, choice: int, state: Opaque | None = None) -> list[StreamPart]:
+        kind, key = self._open.pop(choice, ("", 0))
+        return [Close(key, state)] if kind else []
+
+
+def _gemini_read_logprobs(result: Json) -> tuple[JsonObject, ...]:
+    """Log probabilities as OpenAI spells them; its `bytes` are the token's, in UTF-8."""
+    chosen = as_list(dig(result, "chosenCandidates"))
+    tops = [as_list(dig(one, "candidates")) for one in as_list(dig(result, "topCandidates"))]
+    told = []
+    for n, one in enumerate(chosen):
+        facts = _gemini_logprob(one)
+        others = [_gemini_logprob(other) for other in (tops[n] if n < len(tops) else ())]
+        told.append({**facts, "top_logprobs": others})
+    return tuple(told)
+
+
+def _gemini_logprob(one: Json) -> JsonObject:
+    token = str(dig(one, "token") or "")
+    value = dig(one, "logProbability")
+    spelt = list(token.encode("utf-8", "replace"))
+    return {
+        "token": token,
+        "logprob": value if isinstance(value, int | float) else 0,
+        "bytes": spelt,
+    }
+
+
+def _gemini_citations(grounding: JsonObject, text: str) -> Iterator[Citation]:
+    """wire: indices count bytes, not characters."""
+    chunks = as_list(grounding.get("groundingChunks"))
+    raw = text.encode("utf-8", "replace")
+    for support in as_list(grounding.get("groundingSupports")):
+        ends = [whole(dig(support, "segment", key)) for key in ("startIndex", "endIndex")]
+        start, end = (len(raw[:at].decode("utf-8", "ignore")) for at in ends)
+        for index in as_list(dig(support, "groundingChunkIndices")):
+            web = as_object(dig(chunks, whole(index), "web"))
+            if isinstance(web.get("uri"), str):
+                yield Citation(web["uri"], str(web.get("title") or ""), start, end)
+
+
+def _gemini_unseal(body: JsonObject, vendor: str) -> bool:
+    changed = False
+    for content in as_list(body.get("contents")):
+        for part in as_list(dig(content, "parts")):
+            if not isinstance(part, dict):
+                continue
+            for name in ("thoughtSignature", "thought_signature"):
+                signature = part.get(name)
+                if not isinstance(signature, str) or not signature.startswith(_GEMINI_SEALED):
+                    continue
+                changed = True
+                state = _gemini_state(signature)
+                if state and state.vendor == vendor:
+                    part[name] = state.data
+                else:
+                    del part[name]
+    return changed
+
+
+_GEMINI_SEALED = base64.b64encode(b"br1.")[:5].decode()  # how an envelope begins in base64
+
+
 GEMINI = Codec(
     render_error=_gemini_render_error,
     render_status=status_but_529,
@@ -1833,11 +6296,18 @@ GEMINI = Codec(
     note=_gemini_note,
     frame=_gemini_frame,
     fail_stream=_gemini_fail_stream,
+    parse_request=_gemini_parse_request,
+    render_request=_gemini_render_request,
+    render_response=_gemini_render_response,
+    decoder=_GeminiDecoder,
+    encoder=_GeminiEncoder,
+    names=re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,127}"),
+    unseal=_gemini_unseal,
 )
 
 
 # ---------------------------------------------------------------------------------------------
-# 10. codecs: the table of protocols, and the operations that each one has (pure)
+# 12. codecs: the table of protocols, and the operations that each one has (pure)
 # ---------------------------------------------------------------------------------------------
 
 CODECS: dict[ApiProtocol, Codec] = {
@@ -1854,6 +6324,9 @@ class Operation(NamedTuple):
     Attributes:
         suffix: what follows the provider's base; `{model}` stands for the model's id there.
         generates: the answer is a completion: it is watched, and the target's health with it.
+        translates: it can be asked for in another protocol.
+        counts: it counts tokens; what the provider cannot count is estimated.
+        embeds: it embeds texts.
         raw: the answer may be anything (audio, a file): it is passed on as it comes.
     """
 
@@ -1862,13 +6335,20 @@ class Operation(NamedTuple):
     suffix: str
     generates: bool = False
     raw: bool = False
+    translates: bool = False
+    counts: bool = False
+    embeds: bool = False
 
 
 _CC, _GC = ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.GENERATE_CONTENT
 
-CHAT_OP = Operation("chat", _CC, "/chat/completions", generates=True)
-RESPONSES_OP = Operation("responses", ApiProtocol.RESPONSES, "/responses", generates=True)
-MESSAGES_OP = Operation("messages", ApiProtocol.MESSAGES, "/messages", generates=True)
+CHAT_OP = Operation("chat", _CC, "/chat/completions", generates=True, translates=True)
+RESPONSES_OP = Operation(
+    "responses", ApiProtocol.RESPONSES, "/responses", generates=True, translates=True
+)
+MESSAGES_OP = Operation(
+    "messages", ApiProtocol.MESSAGES, "/messages", generates=True, translates=True
+)
 
 # path below /v1 -> what is asked there
 OPERATIONS: dict[str, Operation] = {
@@ -1877,9 +6357,9 @@ OPERATIONS: dict[str, Operation] = {
         CHAT_OP,
         RESPONSES_OP,
         MESSAGES_OP,
-        Operation("input_tokens", ApiProtocol.RESPONSES, "/responses/input_tokens"),
-        Operation("count_tokens", ApiProtocol.MESSAGES, "/messages/count_tokens"),
-        Operation("embeddings", _CC, "/embeddings"),
+        Operation("input_tokens", ApiProtocol.RESPONSES, "/responses/input_tokens", counts=True),
+        Operation("count_tokens", ApiProtocol.MESSAGES, "/messages/count_tokens", counts=True),
+        Operation("embeddings", _CC, "/embeddings", embeds=True),
         Operation("completions", _CC, "/completions", generates=True),
         Operation("moderations", _CC, "/moderations"),
         Operation("images_generations", _CC, "/images/generations", raw=True),
@@ -1895,13 +6375,24 @@ _GENERATING_VERBS = ("generateContent", "streamGenerateContent")
 
 # the verb after the last colon of a Google path -> what is asked
 GEMINI_VERBS: dict[str, Operation] = {
-    verb: Operation(verb, _GC, "/models/{model}:" + verb, generates=verb in _GENERATING_VERBS)
-    for verb in (
-        *_GENERATING_VERBS,
-        "countTokens",
-        "embedContent",
-        "batchEmbedContents",
+    verb: Operation(
+        verb,
+        _GC,
+        "/models/{model}:" + verb,
+        generates=verb in _GENERATING_VERBS,
+        translates=verb in _GENERATING_VERBS,
+        counts=verb == "countTokens",
+        embeds=verb.endswith(("embedContent", "EmbedContents")),
     )
+    for verb in (*_GENERATING_VERBS, "countTokens", "embedContent", "batchEmbedContents")
+}
+EMBEDDING_PROTOCOLS = (_CC, _GC)
+
+# Where a protocol counts tokens, for providers that do.
+COUNT_SUFFIXES = {
+    ApiProtocol.RESPONSES: "/responses/input_tokens",
+    ApiProtocol.MESSAGES: "/messages/count_tokens",
+    ApiProtocol.GENERATE_CONTENT: "/models/{model}:countTokens",
 }
 
 
@@ -2053,14 +6544,720 @@ def retry_after(headers: Headers, wall_s: float) -> float | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 11. relay: a provider's stream on its way to the caller (pure)
+# 13. embeddings: OpenAI's and Google's ways to ask for vectors (pure)
+# ---------------------------------------------------------------------------------------------
+# wire: platform.openai.com/docs/api-reference/embeddings, ai.google.dev/api/embeddings; 2026-11
+
+
+def embeddings_for_gemini(body: JsonObject, model: str) -> tuple[list[str], JsonObject]:
+    """OpenAI's request as batchEmbedContents, and its texts. Raises BadRequest."""
+    texts = list(strings_in(body.get("input"), "input"))
+    if not texts:
+        raise BadRequest("input: expected a text or a list of texts", param="input")
+    size = count_in(body, "dimensions")
+    more = {"outputDimensionality": size} if size else {}
+    named = f"models/{model}"
+    asked = [{"model": named, "content": {"parts": [{"text": t}]}, **more} for t in texts]
+    return texts, {"requests": asked}
+
+
+def embeddings_as_openai(
+    body: JsonObject, value: JsonObject, model: str, usage: Usage
+) -> JsonObject:
+    """wire: OpenAI's SDK asks for base64 of little-endian floats unless told otherwise."""
+    found = as_list(value.get("embeddings")) or [value.get("embedding")]
+    vectors = [as_list(dig(one, "values")) for one in found]
+    if body.get("encoding_format") == "base64":
+        spelt: list[Json] = [
+            base64.b64encode(array("f", one).tobytes()).decode() for one in vectors
+        ]
+    else:
+        spelt = list(vectors)
+    data = [{"object": "embedding", "index": n, "embedding": one} for n, one in enumerate(spelt)]
+    counts = {"prompt_tokens": usage.input_tokens, "total_tokens": usage.input_tokens}
+    return {"object": "list", "data": data, "model": model, "usage": counts}
+
+
+def embeddings_for_openai(body: JsonObject, model: str) -> tuple[list[str], JsonObject]:
+    """Google's request, for one text or many, as OpenAI's, and its texts. Raises BadRequest."""
+    requests = [one for _, one in each_object(body.get("requests"), "requests")] or [body]
+    texts = []
+    for one in requests:
+        parts = as_list(dig(one, "content", "parts"))
+        text = "\n".join(str(dig(part, "text") or "") for part in parts)
+        if not text:
+            raise BadRequest("content.parts: expected a text", param="content.parts")
+        texts.append(text)
+    size = requests[0].get("outputDimensionality", requests[0].get("output_dimensionality"))
+    asked = {"model": model, "input": texts, "encoding_format": "float"}
+    return texts, {**asked, **({"dimensions": size} if size else {})}
+
+
+def embeddings_as_gemini(value: JsonObject, *, one: bool) -> JsonObject:
+    vectors = [{"values": as_list(dig(item, "embedding"))} for item in as_list(value.get("data"))]
+    if one:
+        return {"embedding": vectors[0] if vectors else {"values": []}}
+    return {"embeddings": vectors}
+
+
+# ---------------------------------------------------------------------------------------------
+# 14. adapt: a prompt as its target can take it, and what to undo in the answer (pure)
+# ---------------------------------------------------------------------------------------------
+# What a target's protocol or model cannot say is dropped, bent or emulated here, before its codec
+# writes the request: Prompt in, Prompt out. Every loss is noted; what was emulated is undone in
+# the answer, part by part, so that the caller never sees it.
+
+
+class Undo(NamedTuple):
+    """What must be undone in an answer.
+
+    Attributes:
+        names: a tool's name as it went out -> its namespace and the name that the caller gave it.
+        custom: tools (as they went out) whose free text went out as a string called `input`.
+        answer_tool: a tool whose input is the answer.
+        wrapped: and the answer is in its field `value`.
+        json_only: the text is JSON, whatever the model wrote around it.
+        stops: stop sequences that we have to look for ourselves.
+    """
+
+    names: Mapping[str, tuple[str, str]] = {}
+    custom: frozenset[str] = frozenset()
+    answer_tool: str = ""
+    wrapped: bool = False
+    json_only: bool = False
+    stops: tuple[str, ...] = ()
+
+
+# What becomes of a field: `-` it is sent; W dropped with a warning; s dropped without one, since
+# nothing in the answer depends on it.
+# fmt: off
+_CARRIED: tuple[tuple[str, bool, str, str], ...] = (
+    # field                 in Sampling: its attribute    Chat, Responses, Messages, Gemini
+    ("seed",                True, "seed",                 "-WW-"),
+    ("presence_penalty",    True, "presence_penalty",     "-WW-"),
+    ("frequency_penalty",   True, "frequency_penalty",    "-WW-"),
+    ("logit_bias",          True, "logit_bias",           "-WWW"),
+    ("logprobs",            True, "logprobs",             "--W-"),
+    ("top_k",               True, "top_k",                "WW--"),
+    ("verbosity",           False, "verbosity",           "--WW"),
+    ("metadata",            False, "metadata",            "--WW"),
+    ("parallel_tool_calls", False, "parallel_tools",      "---W"),
+    ("prompt_cache_key",    False, "cache_key",           "--ss"),
+    ("cache_control",       False, "cache",               "ss-s"),
+    ("user",                False, "user",                "---s"),
+    ("store",               False, "store",               "--ss"),
+)
+# fmt: on
+_CARRIED_BY = {protocol: n for n, protocol in enumerate(ApiProtocol)}
+
+# Fields without a neutral form, by what their loss would mean. All others are dropped with a
+# warning.
+_ONLY_THERE = {
+    "background", "conversation", "prompt", "cachedContent", "container", "mcp_servers", "audio",
+    "speechConfig", "continuationToken",
+}  # fmt: skip
+_OF_NO_MATTER = {
+    "safetySettings", "stream_options", "client_metadata", "diagnostics", "safeguards",
+    "anthropic_beta", "betas", "mediaResolution", "usage", "moderation",
+}  # fmt: skip
+
+# How many stop sequences a request may hold. wire: the four references, read 2026-11
+_MAX_STOPS = {
+    ApiProtocol.CHAT_COMPLETIONS: 4, ApiProtocol.RESPONSES: 0, ApiProtocol.MESSAGES: 1000,
+    ApiProtocol.GENERATE_CONTENT: 5,
+}  # fmt: skip
+
+_ANSWER_TOOL = "json_output"
+_OBJECT_ONLY = "Answer with one JSON object and nothing else: no code fence, no words around it."
+_NO_RESULT = "[no result: the call was not answered]"
+
+
+def adapt(
+    prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses
+) -> tuple[Prompt, Undo]:
+    """A prompt for a target. Raises UpstreamUnfit for what it cannot take and cannot do without,
+    BadRequest for what nobody could take."""
+    prompt = _without_lost_fields(prompt, protocol, losses)
+    prompt = _within_limits(prompt, protocol, traits, losses)
+    prompt = _withheld(prompt, traits, losses)
+    prompt = _with_own_files(prompt, traits)
+    prompt, custom = _without_custom_tools(prompt, traits, losses)
+    prompt = _with_known_tools(prompt, protocol, traits, losses)
+    prompt, names = _renamed(prompt, protocol)
+    prompt = _with_possible_choice(prompt, protocol, traits, losses)
+    prompt, undo = _with_output(prompt, protocol, traits, losses)
+    if protocol in (ApiProtocol.MESSAGES, ApiProtocol.GENERATE_CONTENT):
+        prompt = _with_placed_system(prompt, traits, losses)
+        prompt = _with_all_results(prompt, losses)
+    prompt = _with_fitting_ids(prompt, protocol, traits)
+    most = _MAX_STOPS[protocol] if traits.stops else 0
+    stops = prompt.sampling.stop
+    prompt = prompt._replace(sampling=prompt.sampling._replace(stop=stops[:most]))
+    wire_names = {wire: own for own, wire in names.items()}
+    went_out = frozenset(names.get(("", name), name) for name in custom)
+    return prompt, undo._replace(names=wire_names, custom=went_out, stops=stops[most:])
+
+
+def _without_lost_fields(prompt: Prompt, protocol: ApiProtocol, losses: Losses) -> Prompt:
+    column = _CARRIED_BY[protocol]
+    for name, in_sampling, attribute, verdicts in _CARRIED:
+        value = getattr(prompt.sampling if in_sampling else prompt, attribute)
+        empty = value is None or value == "" or (name == "parallel_tool_calls" and value)
+        if verdicts[column] == "-" or empty:
+            continue
+        if verdicts[column] == "W":
+            losses.add("dropped", name)
+        cleared: dict[str, Any] = {attribute: "" if isinstance(value, str) else None}
+        if in_sampling:
+            prompt = prompt._replace(sampling=prompt.sampling._replace(**cleared))
+        else:
+            prompt = prompt._replace(**cleared)
+    if protocol is not ApiProtocol.CHAT_COMPLETIONS and any(m.name for m in prompt.messages):
+        losses.add("dropped", "name", harmful=False)
+    if prompt.source is not protocol:
+        _judge_extra(prompt, losses)
+    return prompt
+
+
+def _judge_extra(prompt: Prompt, losses: Losses) -> None:
+    for name, value in prompt.extra.items():
+        if name in ("modalities", "responseModalities"):
+            others = {str(one).lower() for one in as_list(value)} - {"text"}
+            if "audio" in others:
+                raise _no_counterpart(name, "audio output")
+            if others:
+                losses.add("dropped", name)
+        elif name in _ONLY_THERE and value not in (False, [], {}):
+            raise _no_counterpart(name, f"`{name}`")
+        elif name not in _OF_NO_MATTER:
+            losses.add("dropped", printable(name, 64))
+
+
+def _no_counterpart(field_name: str, what: str) -> UpstreamUnfit:
+    return UpstreamUnfit(
+        f"{field_name}: {what} has no counterpart in the protocol of the model's provider; "
+        "leave it out, or ask a provider that speaks the protocol of this request",
+        code="unsupported_parameter",
+        param=field_name,
+    )
+
+
+def _within_limits(prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses) -> Prompt:
+    """Sampling as the model takes it."""
+    sampling = prompt.sampling
+    if not traits.sampling:
+        for name in ("temperature", "top_p", "top_k"):
+            value = getattr(sampling, name)
+            if value is not None:
+                if value != 1:
+                    losses.add("dropped", name)
+                cleared: dict[str, Any] = {name: None}
+                sampling = sampling._replace(**cleared)
+    if protocol is ApiProtocol.MESSAGES and (sampling.temperature or 0) > 1:
+        losses.add("clamped", "temperature")
+        sampling = sampling._replace(temperature=1.0)
+    return prompt._replace(sampling=sampling)
+
+
+# Opaque state, and files that only their vendor has.
+
+
+def _withheld(prompt: Prompt, traits: Traits, losses: Losses) -> Prompt:
+    """A prompt without the state of other vendors than the target's."""
+
+    def keep(part: Content) -> Content | None:
+        if isinstance(part, Reasoning):
+            if part.opaque and part.opaque.vendor == traits.vendor:
+                return part
+            if part.opaque and part.opaque.data:
+                losses.add("withheld", "reasoning", harmful=False)
+            return Reasoning(part.text) if part.text else None
+        if isinstance(part, ToolCall) and part.opaque and part.opaque.vendor != traits.vendor:
+            losses.add("withheld", "reasoning", harmful=False)
+            return part._replace(opaque=None)
+        return part
+
+    return _each_part(prompt, keep)
+
+
+def _each_part(prompt: Prompt, change: Callable[[Content], Content | None]) -> Prompt:
+    """A prompt with each part changed, or dropped for None; empty messages of the assistant go."""
+    messages = []
+    for message in prompt.messages:
+        content = tuple(new for part in message.content if (new := change(part)) is not None)
+        if content or message.role != "assistant":
+            messages.append(message._replace(content=content))
+    return prompt._replace(messages=tuple(messages))
+
+
+def _with_own_files(prompt: Prompt, traits: Traits) -> Prompt:
+    def check(part: Content) -> Content:
+        inner = part.content if isinstance(part, ToolResult) else (part,)
+        for one in inner:
+            if isinstance(one, Media) and one.file_id and one.vendor != traits.vendor:
+                raise _no_counterpart("file_id", f"a file that only {one.vendor} has")
+        return part
+
+    return _each_part(prompt, check)
+
+
+# Tools.
+
+
+def _without_custom_tools(
+    prompt: Prompt, traits: Traits, losses: Losses
+) -> tuple[Prompt, frozenset[str]]:
+    """Tools whose input is free text become functions with one string. Returns their names too."""
+    names = frozenset(tool.name for tool in prompt.tools if tool.kind == "custom")
+    if traits.custom_tools:
+        return prompt, frozenset()
+    if any(tool.format and tool.format.get("type") == "grammar" for tool in prompt.tools):
+        losses.add("grammar_not_enforced", "tools")
+    tools = [_as_function(tool) if tool.kind == "custom" else tool for tool in prompt.tools]
+
+    def plain(part: Content) -> Content:
+        if isinstance(part, ToolCall) and part.custom:
+            return part._replace(arguments=json.dumps({"input": part.arguments}), custom=False)
+        if isinstance(part, ToolResult) and part.custom:
+            return part._replace(custom=False)
+        return part
+
+    return _each_part(prompt._replace(tools=tuple(tools)), plain), names
+
+
+def _as_function(tool: Tool) -> Tool:
+    grammar = str((tool.format or {}).get("definition") or "")
+    said = f"Text that follows this grammar:\n{grammar}" if grammar else "The input, as it is."
+    schema = {
+        "type": "object",
+        "properties": {"input": {"type": "string", "description": said}},
+        "required": ["input"],
+        "additionalProperties": False,
+    }
+    return tool._replace(kind="function", schema=schema, format=None)
+
+
+def _with_known_tools(
+    prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses
+) -> Prompt:
+    """Without tools that another vendor hosts; a web search is asked for in the target's way."""
+    searches = protocol is not ApiProtocol.CHAT_COMPLETIONS and traits.vendor in _SEARCHING
+    tools = []
+    wanted = prompt.tool_choice.names if prompt.tool_choice else ()
+    for tool in prompt.tools:
+        own = tool.native is not None and tool.native.protocol is protocol
+        if tool.kind != "hosted" or own or (tool.name == WEB_SEARCH and searches):
+            tools.append(tool)
+        elif tool.name in wanted:
+            raise _no_counterpart("tools", f"the hosted tool {tool.name}")
+        else:
+            losses.add("dropped", f"tools.{printable(tool.name, 64)}")
+
+    def ours(part: Content) -> Content | None:
+        if isinstance(part, Native) and part.protocol is not protocol:
+            losses.add("dropped", printable(str(part.value.get("type") or "part"), 64))
+            return None
+        return part
+
+    return _each_part(prompt._replace(tools=tuple(tools)), ours)
+
+
+_SEARCHING = ("openai", "anthropic", "google")
+
+
+def _renamed(prompt: Prompt, protocol: ApiProtocol) -> tuple[Prompt, dict[tuple[str, str], str]]:
+    """Tools under names that the target allows: a namespace goes in front; what is too long is cut
+    and told apart by a hash. Returns the names that changed: namespace and name -> new name."""
+    allowed = CODECS[protocol].names
+    given = [(tool.namespace, tool.name) for tool in prompt.tools if tool.kind != "hosted"]
+    doubled = {name for name in given if given.count(name) > 1} if len(given) > 1 else set()
+    if doubled:
+        name = min(doubled)[1]
+        raise BadRequest(f"tools: two tools are called {show_json(name)}", param="tools")
+    called = [
+        (p.namespace, p.name) for m in prompt.messages for p in m.content if isinstance(p, ToolCall)
+    ]
+    names: dict[tuple[str, str], str] = {}
+    taken = {name for space, name in given if not space and allowed.fullmatch(name)}
+    for space, name in dict.fromkeys([*given, *called]):
+        if not space and allowed.fullmatch(name):
+            continue
+        names[space, name] = wire = _legal(f"{space}__{name}" if space else name, allowed, taken)
+        taken.add(wire)
+    if not names:
+        return prompt, names
+
+    def rename(part: Content) -> Content:
+        if isinstance(part, ToolCall):
+            return part._replace(
+                name=names.get((part.namespace, part.name), part.name), namespace=""
+            )
+        if isinstance(part, ToolResult):
+            return part._replace(name=names.get(("", part.name), part.name))
+        return part
+
+    tools = tuple(
+        t._replace(name=names.get((t.namespace, t.name), t.name), namespace="")
+        for t in prompt.tools
+    )
+    choice = prompt.tool_choice
+    if choice:
+        by_name = {own: wire for (_, own), wire in names.items()}
+        choice = choice._replace(names=tuple(by_name.get(n, n) for n in choice.names))
+    return _each_part(prompt._replace(tools=tools, tool_choice=choice), rename), names
+
+
+def _legal(name: str, allowed: re.Pattern[str], taken: set[str]) -> str:
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)
+    if allowed.fullmatch(plain) and plain not in taken:
+        return plain
+    mark = hashlib.sha256(name.encode("utf-8", "replace")).hexdigest()[:8]
+    return f"{plain[:50]}_{mark}" if plain[:1].isalpha() else f"t_{plain[:50]}_{mark}"
+
+
+def _with_possible_choice(
+    prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses
+) -> Prompt:
+    choice = prompt.tool_choice
+    if choice is None or not prompt.tools:
+        return prompt._replace(tool_choice=None)
+    if choice.mode == "allowed" and not _allows(protocol, choice, traits):
+        kept = tuple(tool for tool in prompt.tools if tool.name in choice.names)
+        losses.add("tools_filtered", "tool_choice", harmful=False)
+        prompt = prompt._replace(tools=kept)
+        choice = ToolChoice("required" if choice.must else "auto")
+    if choice.mode in ("required", "named") and not traits.forced_tools:
+        losses.add("forced_tool_choice_unsupported", "tool_choice")
+        choice = ToolChoice("auto")
+    return prompt._replace(tool_choice=choice)
+
+
+def _allows(protocol: ApiProtocol, choice: ToolChoice, traits: Traits) -> bool:
+    """Whether the target can be told that only some of the tools may be called."""
+    if protocol is ApiProtocol.GENERATE_CONTENT:
+        return choice.must
+    return protocol is not ApiProtocol.MESSAGES and traits.official
+
+
+# Structured output.
+
+
+def _with_output(
+    prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses
+) -> tuple[Prompt, Undo]:
+    output = prompt.output
+    if output is None:
+        return prompt, Undo()
+    if output.kind == "json_object":
+        return _with_json_object(prompt, protocol, traits, losses)
+    schema, way = output.schema or {}, traits.schema
+    if protocol is ApiProtocol.MESSAGES and way == "native":
+        fitting = for_claude(schema)
+        if fitting is None:
+            losses.add("schema_emulated", "response_format", harmful=False)
+            way = "tool"
+        else:
+            return prompt._replace(output=output._replace(schema=fitting)), Undo()
+    if protocol is ApiProtocol.GENERATE_CONTENT and prompt.tools and not traits.call_ids:
+        way = "tool"  # wire: before Gemini 3, no JSON mode beside functions
+    if way == "tool" and traits.forced_tools:
+        return _with_answer_tool(prompt, schema)
+    if way in ("tool", "prompt"):
+        losses.add("schema_not_enforced", "response_format")
+        shown = json.dumps(schema, ensure_ascii=False)
+        said = f"{_OBJECT_ONLY} It must follow this JSON schema:\n{shown}"
+        return _with_instruction(prompt._replace(output=None), said), Undo(json_only=True)
+    return prompt, Undo()
+
+
+def _with_json_object(
+    prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses
+) -> tuple[Prompt, Undo]:
+    emulated = protocol is ApiProtocol.MESSAGES or traits.schema == "prompt"
+    if emulated:
+        losses.add("json_emulated", "response_format", harmful=False)
+        told = _with_instruction(prompt._replace(output=None), _OBJECT_ONLY)
+        return told, Undo(json_only=not prompt.tools)
+    said = (p.text for m in prompt.messages for p in m.content if isinstance(p, Text))
+    openai = protocol is not ApiProtocol.GENERATE_CONTENT
+    if openai and not any("json" in text.lower() for text in said):
+        # wire: OpenAI refuses JSON mode unless the conversation speaks of JSON
+        prompt = _with_instruction(prompt, "Answer with a JSON object.")
+    return prompt, Undo()
+
+
+def _with_answer_tool(prompt: Prompt, schema: JsonObject) -> tuple[Prompt, Undo]:
+    """The answer as the input of a tool that the model must call."""
+    wrapped = schema.get("type") != "object" or any(
+        k in schema for k in ("anyOf", "oneOf", "allOf")
+    )
+    given: JsonObject = schema
+    if wrapped:
+        definitions = {str(k): schema[k] for k in ("$defs", "definitions") if k in schema}
+        inner = {k: v for k, v in schema.items() if k not in definitions}
+        given = {"type": "object", "properties": {"value": inner}, "required": ["value"]}
+        given |= definitions
+    tool = Tool(_ANSWER_TOOL, "Give the final answer.", given)
+    choice = ToolChoice("named", (_ANSWER_TOOL,))
+    if prompt.tools:
+        said = f"Give your final answer by calling {_ANSWER_TOOL}."
+        prompt, choice = _with_instruction(prompt, said), ToolChoice("required")
+    prompt = prompt._replace(tools=(*prompt.tools, tool), tool_choice=choice, output=None)
+    return prompt, Undo(answer_tool=_ANSWER_TOOL, wrapped=wrapped)
+
+
+def _with_instruction(prompt: Prompt, text: str) -> Prompt:
+    """A prompt with one more sentence in its system prompt."""
+    first = prompt.messages[0]
+    if first.role in ("system", "developer"):
+        told = first._replace(content=(*first.content, Text(text)))
+        return prompt._replace(messages=(told, *prompt.messages[1:]))
+    return prompt._replace(messages=(Message("system", (Text(text),)), *prompt.messages))
+
+
+# Conversations.
+
+
+def _with_placed_system(prompt: Prompt, traits: Traits, losses: Losses) -> Prompt:
+    """System messages where the target has a place for them: at the start, or, if it can, between
+    a user's turn and the assistant's. Others become reminders in the user's turn: what they say
+    depends on nothing that comes later, so caches of the start stay good."""
+    messages, leading = [], True
+    for n, message in enumerate(prompt.messages):
+        is_system = message.role in ("system", "developer")
+        leading = leading and is_system
+        if is_system and not leading:
+            after = prompt.messages[n - 1].role
+            before = prompt.messages[n + 1].role if n + 1 < len(prompt.messages) else "assistant"
+            if not (traits.inline_system and after == "user" and before == "assistant"):
+                losses.add("system_as_reminder", "messages", harmful=False)
+                said = f"<system-reminder>\n{joined_text(message.content)}\n</system-reminder>"
+                message = Message("user", (Text(said),))
+        messages.append(message)
+    return prompt._replace(messages=tuple(messages))
+
+
+def _with_all_results(prompt: Prompt, losses: Losses) -> Prompt:
+    """A conversation in which each call of an earlier turn has its result."""
+    merged = turns(prompt.messages)
+    for n, turn in enumerate(merged[:-1]):
+        calls = {p.id: p for p in turn.content if isinstance(p, ToolCall)}
+        following = merged[n + 1]
+        for part in following.content:
+            if isinstance(part, ToolResult):
+                calls.pop(part.call_id, None)
+        if calls and turn.role == "assistant" and following.role == "user":
+            losses.add("result_missing", "messages", harmful=False)
+            missing = [
+                ToolResult(i, (Text(_NO_RESULT),), is_error=True, name=call.name)
+                for i, call in calls.items()
+            ]
+            merged[n + 1] = following._replace(content=(*missing, *following.content))
+    return prompt._replace(messages=tuple(merged))
+
+
+_FITTING_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def _with_fitting_ids(prompt: Prompt, protocol: ApiProtocol, traits: Traits) -> Prompt:
+    """Call ids as the target takes them. Servers that are only compatible keep theirs: some models
+    know their own ids by their form."""
+    lenient = protocol is ApiProtocol.GENERATE_CONTENT or (
+        protocol is ApiProtocol.CHAT_COMPLETIONS and not traits.official
+    )
+    if lenient:
+        return prompt
+
+    def fit(part: Content) -> Content:
+        if isinstance(part, ToolCall):
+            return part._replace(id=_fitting_id(part.id))
+        if isinstance(part, ToolResult):
+            return part._replace(call_id=_fitting_id(part.call_id))
+        return part
+
+    return _each_part(prompt, fit)
+
+
+def _fitting_id(ident: str) -> str:
+    if _FITTING_ID.fullmatch(ident):
+        return ident
+    return "call_" + hashlib.sha256(ident.encode("utf-8", "replace")).hexdigest()[:32]
+
+
+# Undoing, in the answer.
+
+
+class Undoing:
+    """Parts as the target sent them -> parts as the caller shall see them."""
+
+    def __init__(self, undo: Undo, seed: str) -> None:
+        """seed: what ids of calls are made of, where the target gave none."""
+        self._undo = undo
+        self._seed = seed
+        self._held: dict[int, list[str]] = {}  # blocks that are held back until they are whole
+        self._tails: dict[int, str] = {}  # text that may be the beginning of a stop sequence
+        self._inputs: dict[int, _InputReader] = {}
+        self._answers: set[int] = set()  # calls that are the answer
+        self._choices: dict[int, int] = {}
+        self._texts: set[int] = set()
+        self._called: set[int] = set()  # choices in which the caller's own tools were called
+        self._stopped: dict[int, str] = {}  # choice -> the stop sequence that ended it
+        self._count = 0
+
+    def feed(self, part: StreamPart) -> list[StreamPart]:
+        if not isinstance(part, Finished) and self._choices.get(part.key) in self._stopped:
+            return []
+        match part:
+            case Delta():
+                return self._delta(part)
+            case Open():
+                return self._open(part)
+            case Close():
+                return self._close(part)
+            case Finished():
+                return [self._finish(part)]
+        return [part]
+
+    def _open(self, part: Open) -> list[StreamPart]:
+        undo, block = self._undo, part.block
+        if part.choice in self._stopped:
+            self._choices[part.key] = part.choice
+            return []
+        self._choices[part.key] = part.choice
+        if isinstance(block, Text):
+            self._texts.add(part.key)
+            if undo.json_only:
+                self._held[part.key] = []
+        if not isinstance(block, ToolCall):
+            return [part]
+        if undo.answer_tool and block.name == undo.answer_tool:
+            self._answers.add(part.key)
+            if undo.wrapped:
+                self._held[part.key] = []
+            return [Open(part.key, Text(), part.choice)]
+        self._called.add(part.choice)
+        custom = block.name in undo.custom
+        if custom:
+            self._inputs[part.key] = _InputReader()
+        space, name = undo.names.get(block.name, (block.namespace, block.name))
+        self._count += 1
+        ident = block.id or f"call_{self._seed}{self._count}"
+        named = block._replace(id=ident, name=name, namespace=space, custom=custom or block.custom)
+        return [Open(part.key, named, part.choice)]
+
+    def _delta(self, part: Delta) -> list[StreamPart]:
+        if part.key in self._held:
+            self._held[part.key].append(part.text)
+            return []
+        if part.key in self._inputs:
+            text = self._inputs[part.key].feed(part.text)
+            return [Delta(part.key, text)] if text else []
+        if self._undo.stops and part.key in self._texts:
+            return self._look_for_stop(part)
+        return [part]
+
+    def _look_for_stop(self, part: Delta) -> list[StreamPart]:
+        text = self._tails.pop(part.key, "") + part.text
+        found = [(text.index(stop), stop) for stop in self._undo.stops if stop in text]
+        if found:
+            at, stop = min(found)
+            self._stopped[self._choices[part.key]] = stop
+            said: list[StreamPart] = [Delta(part.key, text[:at])] if at else []
+            return [*said, Close(part.key)]
+        tail = max((_overlap(text, stop) for stop in self._undo.stops), default=0)
+        self._tails[part.key] = text[len(text) - tail :]
+        text = text[: len(text) - tail]
+        return [Delta(part.key, text, part.logprobs)] if text or part.logprobs else []
+
+    def _close(self, part: Close) -> list[StreamPart]:
+        text = ""
+        if part.key in self._held:
+            text = "".join(self._held.pop(part.key))
+            text = _unwrapped(text) if part.key in self._answers else json_in(text)
+        elif part.key in self._inputs:
+            text = self._inputs.pop(part.key).finish()
+        else:
+            text = self._tails.pop(part.key, "")
+        return [Delta(part.key, text), part] if text else [part]
+
+    def _finish(self, part: Finished) -> Finished:
+        """wire: some servers say `stop` after calls; whoever called a tool of the caller's must say
+        so, and whoever did not must not."""
+        if part.choice in self._stopped:
+            stop = self._stopped[part.choice]
+            return part._replace(finish=Finish.STOP_SEQUENCE, stop_sequence=stop)
+        if part.choice in self._called and part.finish in (Finish.STOP, Finish.STOP_SEQUENCE):
+            return part._replace(finish=Finish.TOOL_CALLS)
+        if part.choice not in self._called and part.finish is Finish.TOOL_CALLS:
+            return part._replace(finish=Finish.STOP)
+        return part
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of a text may be the beginning of a stop sequence."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _unwrapped(text: str) -> str:
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if isinstance(value, dict) and "value" in value:
+            return json.dumps(value["value"], ensure_ascii=False)
+    return text
+
+
+def json_in(text: str) -> str:
+    """The JSON value in a text, without a fence or words around it; the text if there is none."""
+    for start in itertools.islice(re.finditer(r"[{\[]", text), 50):
+        with suppress(ValueError, RecursionError):
+            _, end = json.JSONDecoder().raw_decode(text, start.start())
+            return text[start.start() : end]
+    return text
+
+
+class _InputReader:
+    """Reads the string of `{"input": "..."}` while it comes in, unescaped."""
+
+    _START = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+    _WHOLE = re.compile(r'(?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*')
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._at = -1  # up to where it has been read; -1 before the string begins
+
+    def feed(self, text: str) -> str:
+        self._text += text
+        if self._at < 0:
+            begins = self._START.match(self._text)
+            if begins is None:
+                return ""
+            self._text, self._at = self._text[begins.end() :], 0
+        found = self._WHOLE.match(self._text)
+        end = found.end() if found else 0
+        high = re.search(r"\\u[dD][89abAB][0-9a-fA-F]{2}$", self._text[:end])
+        if high and end == len(self._text):
+            end = high.start()  # half of a character
+        piece, self._text = self._text[:end], self._text[end:]
+        return str(json.loads(f'"{piece}"', strict=False)) if piece else ""
+
+    def finish(self) -> str:
+        """What is left, if it was no such object."""
+        if self._at >= 0:
+            return ""
+        value = object_in(self._text) or {}
+        return str(value.get("input", self._text))
+
+
+# ---------------------------------------------------------------------------------------------
+# 15. relay: a provider's stream on its way to the caller (pure)
 # ---------------------------------------------------------------------------------------------
 # Bytes in, bytes out. Until something of substance has come, everything is held back, so that
 # an attempt that fails early can be forgotten. After that a block of events which is in strict
 # form and holds nothing of note goes on as it is: that is all but two or three of a stream's
 # blocks, and costs half a microsecond. The others are looked at event by event.
 
-_MAX_HELD_BYTES = 4 * 1024 * 1024
+MAX_HELD_BYTES = 4 * 1024 * 1024
 
 
 class StreamRelay:
@@ -2131,7 +7328,7 @@ class StreamRelay:
             out = self._pass(raw)
             self._held.append(out)
             self._held_bytes += len(out)
-            if self.state.started or self._held_bytes > _MAX_HELD_BYTES:
+            if self.state.started or self._held_bytes > MAX_HELD_BYTES:
                 self.open = True
                 break
         if not self.open:
@@ -2211,7 +7408,252 @@ class StreamRelay:
 
 
 # ---------------------------------------------------------------------------------------------
-# 12. registry: the providers and models we know, and what they cost (pure)
+# 16. translate: an answer from one protocol to another (pure)
+# ---------------------------------------------------------------------------------------------
+# A Translation is made for each attempt whose target speaks another protocol than the caller. It
+# takes what the target sends, whole or streamed, and gives back what the caller gets. For a
+# stream it looks like a StreamRelay to whoever feeds it.
+
+
+class ArrayFramer:
+    """Events -> the items of one JSON array, for Google's callers who want that."""
+
+    def __init__(self) -> None:
+        self._items = 0
+
+    def feed(self, events: bytes) -> bytes:
+        items = []
+        for raw in split_events(events):
+            if event := parse_event(raw):
+                items.append((b",\r\n" if self._items else b"[") + event.data)
+                self._items += 1
+        return b"".join(items)
+
+    def end(self) -> bytes:
+        return b"]" if self._items else b"[]"
+
+
+class Translation:
+    """One answer on its way from a target's protocol to the caller's.
+
+    Attributes:
+        state, open, garbled, over: as in StreamRelay.
+        losses: what the answer lost, added to what the request did.
+    """
+
+    def __init__(
+        self,
+        theirs: Codec,
+        ours: Codec,
+        prompt: Prompt,
+        undo: Undo,
+        label: AnswerLabel,
+        vendor: str,
+        explain: Callable[[ErrorFacts], BitrouterError],
+        *,
+        as_array: bool = False,
+    ) -> None:
+        """explain: makes of a provider's error inside a stream what the caller is told."""
+        self.state = StreamState()
+        self.open = self.over = False
+        self.garbled: UpstreamGarbled | None = None
+        self.losses = Losses()
+        self._theirs, self._ours = theirs, ours
+        self._prompt, self._label = prompt, label
+        self._explain = explain
+        self._decoder = theirs.decoder(vendor)
+        self._undoing = Undoing(undo, label.id[:16])
+        self._encoder: StreamEncoder | None = None
+        self._gatherer = Gatherer()
+        self._finished: set[int] = set()
+        self._chars = 0
+        self._cutter = EventCutter()
+        self._held: list[bytes] = []
+        self._held_bytes = 0
+        self._framer = ArrayFramer() if as_array else None
+
+    @property
+    def answer_id(self) -> str:
+        """What a caller of Responses knows the answer by."""
+        return f"resp_br{self._label.id}"
+
+    # A whole answer.
+
+    def whole(self, value: JsonObject) -> JsonObject:
+        """The caller's answer. Raises UpstreamGarbled when the model botched a call."""
+        return self.many([value])
+
+    def many(self, values: list[JsonObject]) -> JsonObject:
+        """One answer of several that were asked for apart: each is a choice of it."""
+        for n, value in enumerate(values):
+            for part in self._parts_of_whole(value, n):
+                for told in self._undoing.feed(part):
+                    self._watch(told)
+                    self._gatherer.add(told)
+        if self.garbled:
+            raise self.garbled
+        return self._ours.render_response(
+            self._prompt, self._named(), self.choices(), self._usage(), self.losses
+        )
+
+    def _parts_of_whole(self, value: JsonObject, n: int) -> Iterator[StreamPart]:
+        used = self._theirs.usage(value)
+        if used:
+            so_far = self.state.usage or Usage()
+            self.state.usage = Usage(*map(sum, zip(so_far, used, strict=True)))
+        for part in self._decoder.whole(value):
+            yield part._replace(choice=n) if n and isinstance(part, Open | Finished) else part
+
+    def choices(self) -> list[Choice]:
+        """What was answered, to be remembered."""
+        return self._gatherer.choices()
+
+    # A stream.
+
+    def feed(self, chunk: bytes) -> bytes:
+        try:
+            block = self._cutter.feed(chunk)
+            out = self._take(block) if block else []
+        except UpstreamGarbled as error:
+            self.garbled, self.over = error, True
+            out = []
+        return self._release(b"".join(out))
+
+    def finish(self) -> bytes:
+        """What is left when the provider has closed a stream that it had finished."""
+        rest = self._cutter.finish()
+        out: list[bytes] = []
+        try:
+            out = self._take(rest) if rest else []
+            if self.state.finished and not self.over:
+                out.append(self._end())
+        except UpstreamGarbled as error:
+            self.garbled, self.over = error, True
+        return self._release(b"".join(out))
+
+    def whole_as_stream(self, value: JsonObject) -> bytes:
+        """A whole answer, for a caller who asked for a stream. Raises UpstreamGarbled."""
+        return self.many_as_stream([value])
+
+    def many_as_stream(self, values: list[JsonObject]) -> bytes:
+        self.state.started = self.state.finished = True
+        out: list[bytes] = []
+        for n, value in enumerate(values):
+            out += [self._encode(part) for part in self._parts_of_whole(value, n)]
+        if self.garbled:
+            raise self.garbled
+        out.append(self._end())
+        return self._release(b"".join(out))
+
+    def fail(self, error: BitrouterError) -> bytes:
+        told = self._encode_with().fail(error)
+        return self._framer.feed(told) + self._framer.end() if self._framer else told
+
+    def settle(self) -> None:
+        """Usage is noted as it comes; there is nothing to make up for."""
+
+    def _take(self, block: bytes) -> list[bytes]:
+        out: list[bytes] = []
+        for raw in split_events(block):
+            if self.over:
+                break
+            event = parse_event(raw)
+            if event is None:
+                continue
+            if event.data == b"[DONE]":
+                self.state.ended = True
+            else:
+                self._event(event.data, out)
+            if self.garbled:
+                self.over = True
+            elif self.state.error is not None:
+                self.over = True
+                if self.open:
+                    out.append(self._encode_with().fail(self._explain(self.state.error)))
+            elif self.state.ended:
+                out.append(self._end())
+        return out
+
+    def _event(self, data: bytes, out: list[bytes]) -> None:
+        try:
+            value = parse_json(data)
+        except (ValueError, RecursionError):
+            shown = printable(data[:200].decode("utf-8", "replace"))
+            said = "the provider sent an event that is not JSON"
+            self.garbled = UpstreamGarbled(said, code="upstream_bad_json", detail=shown)
+            return
+        if isinstance(value, dict):
+            self._theirs.note(self.state, value)
+            if self.state.error is None:
+                out += [self._encode(part) for part in self._decoder.feed(value)]
+
+    def _encode(self, part: StreamPart) -> bytes:
+        """A part as the caller gets it, after what was done to the request is undone."""
+        encoder = self._encode_with()
+        out = b""
+        for told in self._undoing.feed(part):
+            self._watch(told)
+            self._gatherer.add(told)
+            if not self.garbled:
+                out += encoder.encode(told)
+        return out
+
+    def _watch(self, part: StreamPart) -> None:
+        if isinstance(part, Delta):
+            self._chars += len(part.text)
+        elif isinstance(part, Finished):
+            self._finished.add(part.choice)
+            if part.finish is Finish.MALFORMED:
+                said = f"the model botched a tool call ({printable(part.raw, 60)})"
+                self.garbled = UpstreamGarbled(said, code="upstream_malformed_tool_call")
+
+    def _end(self) -> bytes:
+        """The end of a stream that ended well; a finish that never came is made up."""
+        self.over = self.state.ended = True
+        out = [self._encode(part) for part in self._decoder.finish()]
+        if not self._finished:
+            out.append(self._encode(Finished(Finish.STOP)))
+        self.state.usage = self._usage()
+        return b"".join([*out, self._encode_with().end(self.state.usage)])
+
+    def _encode_with(self) -> StreamEncoder:
+        if self._encoder is None:
+            self._encoder = self._ours.encoder(self._prompt, self._named())
+        return self._encoder
+
+    def _named(self) -> AnswerLabel:
+        model, usage = self._decoder.model or self._label.model, self.state.usage
+        known = usage.input_tokens if usage else 0
+        return self._label._replace(model=model, input_tokens=known or self._label.input_tokens)
+
+    def _usage(self) -> Usage:
+        """As reported, or else by the rule that four characters make a token."""
+        if self.state.usage is not None:
+            return self.state.usage
+        self.losses.add("estimated", "usage", harmful=False)
+        return Usage(self._label.input_tokens, -(-self._chars // 4))
+
+    def _release(self, out: bytes) -> bytes:
+        """What may go on to the caller: nothing until something of substance has come."""
+        if self.open:
+            return self._framed(out)
+        self._held.append(out)
+        self._held_bytes += len(out)
+        if not self.state.started and self._held_bytes < MAX_HELD_BYTES:
+            return b""
+        self.open = not self.garbled and self.state.error is None
+        held = b"".join(self._held) if self.open else b""
+        self._held.clear()
+        return self._framed(held)
+
+    def _framed(self, out: bytes) -> bytes:
+        if self._framer is None:
+            return out
+        return self._framer.feed(out) + (self._framer.end() if self.over else b"")
+
+
+# ---------------------------------------------------------------------------------------------
+# 17. registry: the providers and models we know, and what they cost (pure)
 # ---------------------------------------------------------------------------------------------
 # Hints, never a whitelist: `provider/anything` works for every provider below, priced or not.
 
@@ -2700,6 +8142,11 @@ def _by_bare_id() -> dict[str, str]:
     return known
 
 
+def family_of(model: str) -> str:
+    """Whose model a bare id is, by how it begins; "" if that tells nothing."""
+    return next((ident for ident, starts in FAMILIES if model.startswith(starts)), "")
+
+
 def find_model(text: str) -> Model | None:
     """The catalogue's model for an id as people write it: bare, dashed, dated, in capitals."""
     lab, slash, rest = text.removeprefix("models/").partition("/")
@@ -2770,7 +8217,159 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 13. config: bitrouter.toml and the environment -> Config (pure)
+# 18. quirks: what single models take and refuse (pure)
+# ---------------------------------------------------------------------------------------------
+# Hints again: a model that no row fits gets what its protocol allows, and what it refuses then is
+# learned from its refusal. Ids are compared in normal form: small letters, dashes for dots.
+#
+# wire: platform.openai.com/docs/models, docs.claude.com/en/docs/build-with-claude/extended-
+# thinking and /effort, ai.google.dev/gemini-api/docs/thinking; read 2026-11
+
+_CLAUDE_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+_GEMINI_LEVELS = ("minimal", "low", "medium", "high")
+
+# First match decides. `no`: what the model does not take.
+_CLAUDES: tuple[tuple[str, str, str], ...] = (
+    # model                                    thinking    no
+    (r"claude-opus-5-5",                       "adaptive", "stop sampling force prefill"),
+    (r"claude-sonnet-5-5",                     "adaptive", "sampling force prefill"),
+    (r"claude-haiku-5-5",                      "adaptive", "sampling prefill"),
+    (r"claude-(fable|mythos)-5-1",             "adaptive", "stop sampling force prefill inline"),
+    (r"claude-(fable|mythos)",                 "adaptive", "stop sampling prefill inline"),
+    (r"claude-opus-5",                         "adaptive", "sampling prefill"),
+    (r"claude-sonnet-5",                       "adaptive", "sampling prefill inline"),
+    (r"claude-opus-4-8",                       "adaptive", "sampling prefill"),
+    (r"claude-opus-4-7",                       "adaptive", "sampling prefill inline"),
+    (r"claude-(opus|sonnet)-4-6",              "adaptive", "prefill inline"),
+    (r"claude-(opus|sonnet|haiku)-4-5",        "budget",   "inline"),
+    (r"claude-(opus|sonnet)-4|claude-3-7",     "budget",   "inline schema"),
+    (r"claude-",                               "",         "inline schema"),
+)  # fmt: skip
+
+_REASONS = r"(o[134]|gpt-5|gpt-6|gpt-oss|codex)"
+_OPENAI_EFFORTS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"gpt-6-astra", ("low", "medium", "high", "xhigh", "max")),
+    (r"gpt-6", ("none", "low", "medium", "high", "xhigh", "max")),
+    (r"gpt-5-[2-9]", ("none", "low", "medium", "high", "xhigh")),
+    (r"gpt-5-1", ("none", "low", "medium", "high")),
+    (r"gpt-5", ("minimal", "low", "medium", "high")),
+    (r"o[134]|gpt-oss", ("low", "medium", "high")),
+)
+# Only the Responses API has these, or tools together with reasoning for the second group.
+_RESPONSES_ONLY = re.compile(r"(o\d|gpt-5(-\d)?|gpt-6(-\d)?)-pro|.*-codex|.*-deep-research|codex-")
+_TOOLS_ON_RESPONSES = re.compile(r"gpt-5-[4-9]|gpt-6")
+
+# What a lab's models want back of their own plain reasoning.
+_ECHOES = {"deepseek", "moonshotai", "zai", "z-ai", "xiaomi", "minimax", "openrouter"}
+_NO_FETCHING = {"aws-bedrock", "vertex", "ollama", "lmstudio", "llamacpp", "vllm"}
+_OFFICIAL = {
+    ApiProtocol.CHAT_COMPLETIONS: ("openai", "azure"),
+    ApiProtocol.RESPONSES: ("openai", "azure"),
+    ApiProtocol.MESSAGES: ("anthropic",),
+    ApiProtocol.GENERATE_CONTENT: ("google", "vertex"),
+}
+_VENDORS = {
+    ApiProtocol.CHAT_COMPLETIONS: "openai",
+    ApiProtocol.RESPONSES: "openai",
+    ApiProtocol.MESSAGES: "anthropic",
+    ApiProtocol.GENERATE_CONTENT: "google",
+}
+
+
+def traits_of(provider: str, model: str, protocol: ApiProtocol) -> Traits:
+    """What a model takes at a provider, in a protocol."""
+    facts = find_model(model) or find_model(f"{provider}/{model}")
+    bare = normal_id(model.rpartition("/")[2])
+    lab = facts.id.partition("/")[0] if facts else family_of(bare)
+    openai = protocol in _OPENAI_SPOKEN and provider in _OFFICIAL[protocol]
+    traits = Traits(
+        vendor=lab or _VENDORS[protocol],
+        official=provider in _OFFICIAL[protocol],
+        max_output=facts.max_output if facts else 0,
+        echoes_reasoning=provider in _ECHOES or lab in _ECHOES,
+        fetches_urls=provider not in _NO_FETCHING,
+        custom_tools=protocol is ApiProtocol.RESPONSES or openai,
+        developer_role=openai,
+    )
+    if protocol is ApiProtocol.MESSAGES:
+        return _claude_traits(traits, bare, lab)
+    if protocol is ApiProtocol.GENERATE_CONTENT:
+        return _gemini_traits(traits, bare)
+    return _openai_traits(traits, bare, protocol)
+
+
+_OPENAI_SPOKEN = (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.RESPONSES)
+
+
+def _claude_traits(traits: Traits, bare: str, lab: str) -> Traits:
+    if lab not in ("anthropic", ""):
+        return traits._replace(schema="tool", thinking="budget")
+    found = next((row for row in _CLAUDES if re.match(row[0], bare)), None)
+    if found is None:
+        return traits._replace(thinking="budget")
+    _, thinking, refused = found
+    no = set(refused.split())
+    return traits._replace(
+        thinking=thinking,
+        efforts=_CLAUDE_EFFORTS,
+        can_stop_thinking="stop" not in no,
+        sampling="sampling" not in no,
+        forced_tools="force" not in no,
+        prefill="prefill" not in no,
+        inline_system="inline" not in no,
+        schema="tool" if "schema" in no else "native",
+    )
+
+
+def _gemini_traits(traits: Traits, bare: str) -> Traits:
+    version = re.match(r"gemini-(\d+)(?:-(\d+))?", bare)
+    major, minor = (int(n or 0) for n in version.groups()) if version else (3, 0)
+    if major >= 3:
+        levels = _GEMINI_LEVELS[1:] if "pro" in bare else _GEMINI_LEVELS
+        return traits._replace(thinking="level", efforts=levels)
+    return traits._replace(
+        thinking="budget" if (major, minor) >= (2, 5) else "",
+        can_stop_thinking="pro" not in bare,
+        call_ids=False,
+        fetches_urls=False,
+        schema="native" if (major, minor) >= (2, 5) else "legacy",
+    )
+
+
+def _openai_traits(traits: Traits, bare: str, protocol: ApiProtocol) -> Traits:
+    reasons = bool(re.match(_REASONS, bare)) and "chat" not in bare
+    efforts = next((levels for start, levels in _OPENAI_EFFORTS if re.match(start, bare)), ())
+    new_name = traits.official or (traits.vendor == "openai" and reasons)
+    return traits._replace(
+        efforts=efforts if reasons else (),
+        sampling=not (reasons and "gpt-oss" not in bare),
+        stops=not (reasons and "gpt-oss" not in bare and protocol is ApiProtocol.CHAT_COMPLETIONS),
+        max_tokens_field="max_completion_tokens" if new_name else "max_tokens",
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def may_prefer_responses(model: str) -> bool:
+    """Whether it can be that a model is served on the Responses API alone."""
+    bare = normal_id(model.rpartition("/")[2])
+    return bool(_RESPONSES_ONLY.match(bare) or _TOOLS_ON_RESPONSES.match(bare))
+
+
+def prefers_responses(model: str, prompt: Prompt) -> bool:
+    """Whether OpenAI serves a prompt to a model on its Responses API alone.
+
+    wire: platform.openai.com/docs/guides/migrate-to-responses, read 2026-11: newer models refuse
+    function tools together with reasoning on Chat Completions.
+    """
+    bare = normal_id(model.rpartition("/")[2])
+    if _RESPONSES_ONLY.match(bare):
+        return True
+    reasons = prompt.thinking.effort != "none" or "astra" in bare
+    return bool(prompt.tools and reasons and _TOOLS_ON_RESPONSES.match(bare))
+
+
+# ---------------------------------------------------------------------------------------------
+# 19. config: bitrouter.toml and the environment -> Config (pure)
 # ---------------------------------------------------------------------------------------------
 # The dataclasses below are the schema: one reader walks them and a parsed file side by side, and
 # reports everything that does not fit, each with its line. Adding a key is adding a field.
@@ -3508,7 +9107,7 @@ def _rebased(known: Provider, override: str) -> dict[ApiProtocol, str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 14. routing: model id to chain of targets (pure)
+# 20. routing: model id to chain of targets (pure)
 # ---------------------------------------------------------------------------------------------
 # One resolver, for serving, for listing and for `bitrouter route`:
 #
@@ -3538,13 +9137,16 @@ _TAKES_ANY = "takes any id"
 _KIND_RANK = {"api": 0, "local": 0, "gateway": 1, "plan": 2}
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Target:
     """One place that can serve one model: what an attempt is made at.
 
     Attributes:
         model: the provider's own id for it.
-        base: where the protocol of the request is spoken there.
+        protocol: what is spoken to it: the caller's own if the provider speaks that.
+        base: where the protocol is spoken there.
+        others: the provider's bases for the other protocols that it speaks.
+        traits: what the model takes in that protocol.
         head: header lines that go with every request to it, the key among them.
         price: per million tokens; all None if it is not known.
         key: what health is kept by.
@@ -3561,6 +9163,12 @@ class Target:
     price: Price
     balanced: bool = False
     head: Secret = field(default_factory=lambda: Secret(""))
+    auth: str = "native"
+    others: Mapping[ApiProtocol, str] = field(default_factory=dict)
+
+    @functools.cached_property
+    def traits(self) -> Traits:
+        return traits_of(self.provider, self.model, self.protocol)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -3637,10 +9245,11 @@ class Router:
             if provider is None:
                 left_out.append(f"{found.provider}: {_why_off(found.provider)}")
                 continue
-            if op.protocol not in self._spoken(provider, found.model):
+            protocol = spoken_for(op, self._spoken(provider, found.model))
+            if protocol is None:
                 left_out.append(f"{found.provider}: {_what_it_speaks(provider)}")
                 continue
-            targets = self._targets(provider, found.model, op.protocol)
+            targets = self._targets(provider, found.model, protocol)
             chain += targets
             reasons += [found.reason] * len(targets)
         if chain:
@@ -3687,7 +9296,7 @@ class Router:
             yield from (_Candidate(other, model, _TAKES_ANY) for other in _OPEN_GATEWAYS)
         elif not declared and not list(self._declared(model, found=True)):
             bare = model.lower().removeprefix("ft:")  # OpenAI's fine-tuned models
-            family = next((p for p, starts in FAMILIES if bare.startswith(starts)), "")
+            family = family_of(bare)
             if family:
                 yield from self._of_lab(family, model)
 
@@ -3762,8 +9371,9 @@ class Router:
                     timeouts=provider.timeouts,
                     price=price,
                     balanced=provider.balanced,
-                ),
-                facts.auth,
+                    auth=facts.auth,
+                    others=account.bases,
+                )
             )
             for account in provider.accounts
         ]
@@ -3781,11 +9391,9 @@ class Router:
         return facts.carried[ident][1]
 
     def _echo_route(self, op: Operation) -> Route:
-        if CODECS[op.protocol].encoder is None or not op.generates or op.suffix == "/completions":
+        if not (op.translates or op.counts):
             raise ProtocolUnsupported(
-                f"{ECHO_MODEL} answers on {GENERATE_PATHS[ApiProtocol.CHAT_COMPLETIONS]} "
-                f"and {GENERATE_PATHS[ApiProtocol.MESSAGES]}",
-                param="model",
+                f"{ECHO_MODEL} answers on {', '.join(GENERATE_PATHS.values())}", param="model"
             )
         none, free = Secret(""), Price(0.0, 0.0, 0.0, 0.0)
         protocol, timeouts = op.protocol, self.config.upstream.timeouts
@@ -3823,8 +9431,8 @@ class Router:
         ]
         names = ", ".join(found.provider for found in able)
         return ProtocolUnsupported(
-            f"{printable(model)} is served by {names}, which does not speak {op.protocol}, and "
-            f"translation is not built in yet; ask for it at {' or '.join(dict.fromkeys(ways))}",
+            f"{printable(model)} is served by {names}, which has nothing like {op.suffix}; "
+            f"ask for it at {' or '.join(dict.fromkeys(ways))}",
             param="model",
         )
 
@@ -3892,8 +9500,23 @@ _NATIVE_AUTH = {
 }
 
 
-def with_head(target: Target, auth: str) -> Target:
+def spoken_for(op: Operation, spoken: tuple[ApiProtocol, ...]) -> ApiProtocol | None:
+    """In which protocol to ask a provider for something; None if it has no way to say it."""
+    if op.protocol in spoken:
+        return op.protocol
+    if op.embeds:
+        return next((one for one in EMBEDDING_PROTOCOLS if one in spoken), None)
+    return spoken[0] if spoken and (op.translates or op.counts) else None
+
+
+def at_protocol(target: Target, protocol: ApiProtocol) -> Target:
+    """The same place, spoken to in another of its protocols."""
+    return with_head(replace(target, protocol=protocol, base=target.others[protocol]))
+
+
+def with_head(target: Target) -> Target:
     """Fill in the header lines that every request to a target has: host, key and its own."""
+    auth = target.auth
     headers = {"host": urlsplit(target.base).netloc, **target.headers}
     key = target.secret.reveal()
     if key:
@@ -3907,7 +9530,7 @@ def with_head(target: Target, auth: str) -> Target:
 
 
 # ---------------------------------------------------------------------------------------------
-# 15. health: which targets are failing, and until when to spare them (pure)
+# 21. health: which targets are failing, and until when to spare them (pure)
 # ---------------------------------------------------------------------------------------------
 # A target that fails `failures` times within `window_s`, or says itself how long to stay away,
 # cools down: it moves to the end of every chain. It is not taken out: when nobody better is
@@ -4017,11 +9640,11 @@ class Health:
 
 
 # ---------------------------------------------------------------------------------------------
-# 16. echo: the built-in model (pure)
+# 22. echo: the built-in model (pure)
 # ---------------------------------------------------------------------------------------------
 # For trying things out with no key and no network. It repeats what the user said last, word by
 # word; `call NAME {json}` makes it call that tool; a JSON schema makes it return the schema's
-# smallest instance.
+# smallest instance; who asks it to reason sees it reason.
 
 _CALL = re.compile(r"\bcall\s+([\w.-]{1,128})\s*")
 _MAX_SCHEMA_NODES = 1000
@@ -4029,30 +9652,50 @@ _MAX_CALLS_TRIED = 8
 _MAX_ECHOED_CHARS = 100_000  # word by word; what is beyond that comes in one piece
 
 
-def echo_parts(prompt: Prompt) -> list[StreamPart]:
-    """What the built-in model answers."""
-    words = _echo_answer(prompt)
-    said = sum(len(part.text) for part in words if isinstance(part, TextDelta))
-    called = any(isinstance(part, ToolCall) for part in words)
-    usage = Usage(input_tokens=-(-prompt.size // 4), output_tokens=max(1, -(-said // 4)))
-    return [*words, Finished(Finish.TOOL_CALLS if called else Finish.STOP, usage)]
+def echo_parts(prompt: Prompt) -> tuple[list[StreamPart], Usage]:
+    """What the built-in model answers, and the usage that it counts."""
+    blocks = _echo_answer(prompt)
+    parts: list[StreamPart] = []
+    if prompt.thinking.visible or prompt.thinking.effort not in ("", "none"):
+        parts += parts_of(Reasoning("The user shall hear what the user said."), -1)
+    for key, words in enumerate(blocks):
+        if isinstance(words, ToolCall):
+            parts += parts_of(words, key)
+        else:
+            parts += [Open(key, Text()), *(Delta(key, word) for word in words), Close(key)]
+    said = sum(len(part.text) for part in parts if isinstance(part, Delta))
+    called = any(isinstance(words, ToolCall) for words in blocks)
+    usage = Usage(input_tokens=-(-size_of(prompt) // 4), output_tokens=max(1, -(-said // 4)))
+    parts.append(Finished(Finish.TOOL_CALLS if called else Finish.STOP))
+    return parts, usage
 
 
-def _echo_answer(prompt: Prompt) -> list[StreamPart]:
-    calls = itertools.islice(_CALL.finditer(prompt.text), _MAX_CALLS_TRIED)
-    for wanted in calls:
-        if wanted[1] in prompt.tools:
+def _echo_answer(prompt: Prompt) -> list[ToolCall | list[str]]:
+    """A call, or words."""
+    said = [m for m in prompt.messages if m.role == "user"]
+    asked = joined_text(said[-1].content, "\n") if said else ""
+    tools = {tool.name: tool for tool in prompt.tools if tool.kind != "hosted"}
+    for wanted in itertools.islice(_CALL.finditer(asked), _MAX_CALLS_TRIED):
+        if wanted[1] in tools:
             with suppress(ValueError, RecursionError):
-                rest = prompt.text[wanted.end() : wanted.end() + _MAX_ECHOED_CHARS] or "{}"
+                rest = asked[wanted.end() : wanted.end() + _MAX_ECHOED_CHARS] or "{}"
                 value = first_json(rest if rest.startswith("{") else "{}")
-                return [ToolCall("call_echo_1", wanted[1], json.dumps(value))]
-    if prompt.schema is not None:
-        return [TextDelta(json.dumps(smallest(prompt.schema)))]
-    text = prompt.text[:_MAX_ECHOED_CHARS]
-    said = text.rstrip() or "(nothing was said)"
-    *words, last = re.findall(r"\s*\S+", said)
-    rest = text[len(said) :] + prompt.text[_MAX_ECHOED_CHARS:]
-    return [TextDelta(word) for word in (*words, last + rest)]
+                return [_echo_call(tools[wanted[1]], value, rest)]
+    if prompt.output is not None:
+        schema = prompt.output.schema
+        value = smallest(schema) if schema is not None else {"text": asked}
+        return [[json.dumps(value)]]
+    text = asked[:_MAX_ECHOED_CHARS]
+    told = text.rstrip() or "(nothing was said)"
+    *words, last = re.findall(r"\s*\S+", told)
+    rest = text[len(told) :] + asked[_MAX_ECHOED_CHARS:]
+    return [[*words, last + rest]]
+
+
+def _echo_call(tool: Tool, value: Json, text: str) -> ToolCall:
+    custom = tool.kind == "custom"
+    arguments = text if custom else json.dumps(value)
+    return ToolCall("call_echo_1", tool.name, arguments, custom, namespace=tool.namespace)
 
 
 def smallest(schema: JsonObject) -> Json:
@@ -4109,7 +9752,7 @@ def _stands_for(schema: JsonObject, root: JsonObject) -> Json:
 
 
 # ---------------------------------------------------------------------------------------------
-# 17. logs: one line per event, for people or for machines
+# 23. logs: one line per event, for people or for machines
 # ---------------------------------------------------------------------------------------------
 # `logging` is the front: one logger, `%`-arguments. The line of each request takes a short cut
 # past it (a LogRecord costs 8 us), to the same writer. Lines are gathered and written together:
@@ -4211,7 +9854,7 @@ def _logfmt(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 18. transport: the HTTP client: pool, TLS, proxies, deadlines
+# 24. transport: the HTTP client: pool, TLS, proxies, deadlines
 # ---------------------------------------------------------------------------------------------
 # asyncio's protocols rather than its streams, on both sides, because measurement says so: with
 # streams every event of an upstream wakes a task (+6 us) and every TLS connection holds a buffer
@@ -4910,7 +10553,168 @@ def origin_of(base: str) -> tuple[Origin, str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 19. runtime: App: everything a request needs
+# 25. memory: what is kept of conversations, for a while (pure)
+# ---------------------------------------------------------------------------------------------
+
+
+class Memory:
+    """A bounded map whose entries grow old. The least recently used go first."""
+
+    def __init__(self, entries: int, size: int, age_s: float) -> None:
+        """entries, size: how much fits in; age_s: seconds after which an entry is gone."""
+        self._entries, self._size, self._age_s = entries, size, age_s
+        self._kept: dict[Any, tuple[float, int, Any]] = {}
+        self._used = 0
+
+    def put(self, key: Any, value: Any, now: float, size: int = 1) -> None:
+        self._drop(key)
+        self._kept[key] = (now + self._age_s, size, value)
+        self._used += size
+        while self._kept and (len(self._kept) > self._entries or self._used > self._size):
+            self._drop(next(iter(self._kept)))
+
+    def get(self, key: Any, now: float) -> Any:
+        """The value; None if there is none."""
+        until, _, value = self._kept.get(key, (0.0, 0, None))
+        if value is None or until < now:
+            self._drop(key)
+            return None
+        self._kept[key] = self._kept.pop(key)  # to the end: it was used last
+        return value
+
+    def _drop(self, key: Any) -> None:
+        dropped = self._kept.pop(key, None)
+        if dropped:
+            self._used -= dropped[1]
+
+
+# ---------------------------------------------------------------------------------------------
+# 26. fetch: media at a URL, for targets that want the bytes
+# ---------------------------------------------------------------------------------------------
+# A URL in a prompt is a stranger's wish that we connect somewhere. So: https alone, to addresses of
+# the public Internet alone, looked up once and then connected to as looked up; few redirects,
+# each judged anew; a bound on bytes and on time.
+
+_FETCH_S = 10.0
+_FETCH_BYTES = 20 * 1024 * 1024
+_FETCH_HOPS = 4
+
+
+async def with_fetched_media(
+    prompt: Prompt, protocol: ApiProtocol, traits: Traits, allowed: Callable[[str], bool]
+) -> Prompt:
+    """A prompt without URLs that its target would not follow. Raises BadRequest.
+
+    Args:
+        allowed: whether an IP address may be connected to.
+    """
+    urls = {
+        media.url
+        for message in prompt.messages
+        for part in message.content
+        for media in (part.content if isinstance(part, ToolResult) else (part,))
+        if isinstance(media, Media) and media.url and _wants_bytes(media, protocol, traits)
+    }
+    if not urls:
+        return prompt
+    loop = asyncio.get_running_loop()
+    fetched = {}
+    for url in urls:
+        mime, data = await loop.run_in_executor(None, fetch_media, url, allowed)
+        fetched[url] = (mime, base64.b64encode(data).decode())
+
+    def put(part: Content) -> Content:
+        if isinstance(part, ToolResult):
+            inner = tuple(put(one) for one in part.content)
+            return part._replace(content=tuple(p for p in inner if isinstance(p, Text | Media)))
+        if isinstance(part, Media) and part.url in fetched:
+            mime, data = fetched[part.url]
+            return part._replace(url="", mime=mime or part.mime, data=data)
+        return part
+
+    messages = [m._replace(content=tuple(put(p) for p in m.content)) for m in prompt.messages]
+    return prompt._replace(messages=tuple(messages))
+
+
+def _wants_bytes(media: Media, protocol: ApiProtocol, traits: Traits) -> bool:
+    on_chat = protocol is ApiProtocol.CHAT_COMPLETIONS and media.kind != "image"
+    return on_chat or not traits.fetches_urls
+
+
+def is_public(address: str) -> bool:
+    import ipaddress
+
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    mapped_ip = getattr(ip, "ipv4_mapped", None)
+    return bool((mapped_ip or ip).is_global and not ip.is_multicast)
+
+
+def fetch_media(url: str, allowed: Callable[[str], bool]) -> tuple[str, bytes]:
+    """The media type and the bytes at a URL. Blocks. Raises BadRequest."""
+    until = time.monotonic() + _FETCH_S
+    for _ in range(_FETCH_HOPS):
+        status, headers, body = _fetch_once(url, allowed, until)
+        if status in (301, 302, 303, 307, 308) and headers.get("location"):
+            url = urljoin(url, headers["location"])
+            continue
+        if status != 200:
+            raise _unfetched(url, f"the server answered {status}")
+        return sniff(body[:64]) or headers.get("content-type", "").partition(";")[0], body
+    raise _unfetched(url, "it is redirected too often")
+
+
+def _fetch_once(
+    url: str, allowed: Callable[[str], bool], until: float
+) -> tuple[int, Headers, bytes]:
+    import http.client
+    import ssl
+
+    parts = urlsplit(url)
+    if parts.scheme != "https" or not parts.hostname:
+        raise _unfetched(url, "only https:// URLs are fetched", "blocked_url")
+    try:
+        found = socket.getaddrinfo(parts.hostname, parts.port or 443, type=socket.SOCK_STREAM)
+        addresses = [str(info[4][0]) for info in found]
+        if not addresses or not all(allowed(address) for address in addresses):
+            raise _unfetched(url, "it leads to an address that is not public", "blocked_url")
+        left_s = max(0.1, until - time.monotonic())
+        plain = socket.create_connection((addresses[0], parts.port or 443), left_s)
+        with ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname) as tls:
+            connection = http.client.HTTPConnection(parts.hostname, parts.port or 443)
+            connection.sock = tls
+            path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
+                f"?{parts.query}" if parts.query else ""
+            )
+            connection.request("GET", path, headers={"accept": "*/*", "user-agent": "bitrouter"})
+            response = connection.getresponse()
+            body = _read_until(response, until, url)
+            headers = {name.lower(): value for name, value in response.getheaders()}
+            return response.status, headers, body
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        raise _unfetched(url, f"{exc.__class__.__name__}: {exc}") from None
+
+
+def _read_until(response: http.client.HTTPResponse, until: float, url: str) -> bytes:
+    pieces, size = [], 0
+    while piece := response.read(64 * 1024):
+        pieces.append(piece)
+        size += len(piece)
+        if size > _FETCH_BYTES:
+            raise _unfetched(url, f"it holds more than {_FETCH_BYTES >> 20} MB")
+        if time.monotonic() > until:
+            raise _unfetched(url, f"it takes more than {_FETCH_S:g} s")
+    return b"".join(pieces)
+
+
+def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadRequest:
+    said = (
+        f"{printable(url, 120)} could not be fetched: {printable(why, 120)}; send the bytes instead"
+    )
+    return BadRequest(said, code=code)
+
+
+# ---------------------------------------------------------------------------------------------
+# 27. runtime: App: everything a request needs
 # ---------------------------------------------------------------------------------------------
 
 
@@ -4920,6 +10724,10 @@ class App:
     Attributes:
         router: replaced whole when local servers come and go.
         no_usage_option: providers that refuse `stream_options`; learned from their refusals.
+        refused: provider and its model -> fields that it refused, to be left out from then on.
+        states: caller and id of a call -> the reasoning and the state that came with it.
+        turns: caller and id of a response -> the messages up to and with it.
+        may_fetch_from: whether media may be fetched from an address.
         draining: no new requests; running ones finish.
     """
 
@@ -4948,6 +10756,10 @@ class App:
         self.random = random.Random()  # noqa: S311  ids and jitter, not secrets
         self.started_at = time.monotonic()
         self.no_usage_option: set[str] = set()
+        self.refused: dict[tuple[str, str], set[str]] = {}
+        self.states = Memory(20_000, 20_000, 3600.0)
+        self.turns = Memory(2_000, 64 * 1024 * 1024, 3600.0)
+        self.may_fetch_from: Callable[[str], bool] = is_public
         self.draining = False
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -5062,7 +10874,7 @@ def auth_required(config: Config) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# 20. callers: connections from callers
+# 28. callers: connections from callers
 # ---------------------------------------------------------------------------------------------
 # A connection assembles one whole request, then one coroutine serves it: the handler. While it
 # runs we go on reading, for that is how we learn that the caller hung up; what a caller sends
@@ -5521,12 +11333,12 @@ def _body_error(message: str) -> BitrouterError:
 
 
 # ---------------------------------------------------------------------------------------------
-# 21. attempts: one upstream call, and the loop of retries and fallbacks around it
+# 29. exchange: one request to one target, and its answer on its way to the caller
 # ---------------------------------------------------------------------------------------------
-# For each target of the chain, in order: send; on a failure that another try may mend, wait a
-# little and try the same target again, or go on to the next. Nothing reaches the caller before
-# an attempt has brought something of substance; from then on there is no going back, and a
-# failure is shown as one, in the way of the caller's protocol.
+# A target that speaks the caller's protocol gets the caller's bytes, but for model, key and usage,
+# and its answer goes back as it is. For any other target the request is read once, adapted and
+# written anew, and a Translation brings the answer back. Nothing reaches the caller before the
+# answer has brought something of substance.
 
 # Headers of the caller that travel on; credentials and hop-by-hop headers are not among them.
 _FORWARDED = {
@@ -5547,9 +11359,10 @@ _RETURNED_PREFIXES = ("openai-", "anthropic-", "x-ratelimit-", "x-goog-", "x-gro
 _ANTHROPIC_VERSION = "2023-06-01"  # the one that accepts all fields; a caller's own goes first
 JSON_HEADERS = {"content-type": "application/json"}
 _MAX_ERROR_BYTES = 1024 * 1024
+_MAX_WHOLE_BYTES = MAX_EVENT_BYTES  # of a whole answer to a request for a stream
 
 
-class _Attempt(NamedTuple):
+class Attempt(NamedTuple):
     """What one call to one target came to."""
 
     target: Target
@@ -5561,13 +11374,18 @@ class Call:
     """One request to a model, from its arrival to its log line.
 
     Attributes:
+        caller: who asks: what is remembered of a conversation is remembered for them alone.
         document: the body, if it is JSON; `body` otherwise.
         form_type: the content type of a body that is not JSON.
         hide_usage: the caller does not want the usage chunk that we do.
         asked_for_usage: and in this attempt we asked for it.
         as_array: the caller reads Google's JSON array instead of events.
+        strict: the caller would rather have an error than a loss.
+        history: the messages that `previous_response_id` stands for, if we know them.
+        no_reasoning: a target has refused the reasoning in the conversation.
         failed: attempts that came to nothing.
         target: who is being asked, or who answered.
+        losses: what the request to that target, and its answer, could not carry.
         broke: the answer had begun when this went wrong.
     """
 
@@ -5576,6 +11394,7 @@ class Call:
     model: str
     headers: Headers
     started_at: float
+    caller: str = ""
     document: Document | None = None
     body: bytes = b""
     form_type: str = ""
@@ -5584,17 +11403,37 @@ class Call:
     as_array: bool = False
     hide_usage: bool = False
     asked_for_usage: bool = False
-    failed: list[_Attempt] = field(default_factory=list)
+    strict: bool = False
+    history: tuple[Message, ...] | None = None
+    no_reasoning: bool = False
+    failed: list[Attempt] = field(default_factory=list)
     target: Target | None = None
     attempts: int = 0
+    losses: Losses = field(default_factory=Losses)
     first_at: float | None = None
     usage: Usage | None = None
     cost_usd: float | None = None
     broke: BitrouterError | None = None
+    _prompt: Prompt | None = None
 
     @property
     def codec(self) -> Codec:
         return CODECS[self.op.protocol]
+
+    @property
+    def prompt(self) -> Prompt:
+        """The request in neutral form. Raises BadRequest."""
+        if self._prompt is None:
+            if self.document is None:
+                raise BadRequest("this path takes a JSON body")
+            prompt = self.codec.parse_request(self.document.value)
+            messages = (*(self.history or ()), *prompt.messages)
+            self._prompt = prompt._replace(model=self.model, stream=self.stream, messages=messages)
+        return self._prompt
+
+    def translates(self, target: Target) -> bool:
+        """Whether a target must be asked in other words than the caller's."""
+        return target.protocol is not self.op.protocol or self.history is not None
 
     def book(self, usage: Usage | None) -> None:
         """Note what was used, and what it cost if that is known."""
@@ -5604,138 +11443,38 @@ class Call:
             self.cost_usd = None if cost is None else cost / 1e9
 
 
-async def attempt_chain(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]) -> None:
-    """Answer from the first target that can. Raises UpstreamError when none did."""
-    for target in app.health.order(chain, time.monotonic()):
-        retries = 0
-        while True:
-            error = await _attempt(app, call, reply, target)
-            if error is None:
-                return
-            pause_s = _pause_s(app, error, retries) if error.retryable else None
-            then = "retry" if pause_s is not None else "next" if error.retryable else "give_up"
-            _note_failure(app, call, error, then)
-            if not error.retryable:
-                raise error
-            if pause_s is None:
-                break
-            retries += 1
-            await asyncio.sleep(pause_s)
-    raise _sum_up(call)
+class _Outgoing(NamedTuple):
+    """A request as it goes to a target, and what will bring the answer back."""
+
+    raw: bytes
+    translation: Translation | None = None
+    times: int = 1  # how often it is sent, for as many choices
 
 
-async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
-    """Try one target once. The caller has its answer, or nothing at all and we have an error."""
-    call.target = target
-    call.attempts += 1
-    if target.provider == "echo":
-        await _echo(app, call, reply)
-        return None
-    probes = call.op.generates and app.health.begin(
-        target, time.monotonic(), target.timeouts.total_s
-    )
+async def exchange(app: App, call: Call, reply: Reply, target: Target) -> None:
+    """Ask a target and answer the caller. Raises UpstreamError while nothing has been answered."""
+    if not call.translates(target) or call.op.counts:
+        call.losses = Losses()
+        body, content_type = _body_for(app, call, target)
+        raw = _request(call, target, call.op.suffix, call.query, body, content_type)
+        await _exchange(app, call, reply, target, _Outgoing(raw))
+        return
+    outgoing = await _translated(app, call, target)
+    if outgoing.times > 1:
+        await _fan_out(app, call, reply, target, outgoing)
+        return
+    await _exchange(app, call, reply, target, outgoing)
+    if outgoing.translation and call.broke is None:
+        _remember(app, call, outgoing.translation)
+
+
+async def _exchange(
+    app: App, call: Call, reply: Reply, target: Target, outgoing: _Outgoing
+) -> None:
     try:
-        await _exchange(app, call, reply, target)
-    except UpstreamError as error:
-        if call.op.generates and _is_the_targets_fault(error):
-            app.health.failed(target, error, time.monotonic())
-        elif probes:
-            app.health.abandoned(target)
-        if _refuses_usage_option(app, call, target, error):
-            return await _attempt(app, call, reply, target)
-        return error
-    except BaseException:
-        if probes:
-            app.health.abandoned(target)
-        raise
-    if call.op.generates:
-        if call.broke is None:
-            app.health.succeeded(target)
-        elif isinstance(call.broke, UpstreamError) and _is_the_targets_fault(call.broke):
-            app.health.failed(target, call.broke, time.monotonic())
-    return None
-
-
-def _is_the_targets_fault(error: UpstreamError) -> bool:
-    return error.retryable and not isinstance(error, UpstreamUnfit)
-
-
-def _refuses_usage_option(app: App, call: Call, target: Target, error: UpstreamError) -> bool:
-    """Whether a refusal is about the one thing that we added; it is not added again then."""
-    ours = call.asked_for_usage and isinstance(error, UpstreamRejected)
-    if not ours or "stream_options" not in error.message:
-        return False
-    app.no_usage_option.add(target.provider)
-    return True
-
-
-def _note_failure(app: App, call: Call, error: UpstreamError, then: str) -> None:
-    target = call.target
-    assert target is not None  # noqa: S101  an attempt has one
-    call.failed.append(_Attempt(target, error))
-    facts = {
-        "id": call.id,
-        "attempt": call.attempts,
-        "target": f"{target.name}/{printable(target.model)}",
-        "status": error.status,
-        "code": error.code,
-        "then": then,
-        "reason": printable(error.message, 500),
-        "detail": printable(error.detail, 500) or None,
-    }
-    app.writer.event("attempt_failed", facts, level="warning")
-
-
-def _pause_s(app: App, error: UpstreamError, retries: int) -> float | None:
-    """How long to wait before the same target is tried again; None if it is not."""
-    rules = app.config.upstream.retry
-    if retries >= rules.max:
-        return None
-    jitter_s = app.random.uniform(0, min(rules.max_ms, rules.base_ms * 2**retries)) / 1000
-    if isinstance(error, UpstreamUnreachable) and error.code == UpstreamUnreachable.code:
-        return jitter_s  # not a byte came back: as good as never sent
-    if error.status in (429, 503) and error.retry_after_s is not None and error.retryable:
-        short = error.retry_after_s * 1000 <= rules.max_ms
-        return error.retry_after_s + min(jitter_s, 0.1 * error.retry_after_s) if short else None
-    return None
-
-
-def _sum_up(call: Call) -> UpstreamError:
-    """One error for a chain of failures, with the status that fits them all."""
-    errors = [attempt.error for attempt in call.failed]
-    if len(errors) == 1 or isinstance(errors[-1], UpstreamUnfit):
-        return errors[-1]
-    named = "; ".join(_counted([error.message for error in errors]))
-    waits = [e.retry_after_s for e in errors if e.retry_after_s is not None]
-    statuses = {error.status for error in errors}
-    status, kind = (statuses.pop(), errors[-1].kind) if len(statuses) == 1 else (0, None)
-    if len({type(error) for error in errors}) == 1 and isinstance(errors[0], UpstreamNoCredit):
-        kind = Kind.BILLING
-    all_limited = all(error.status == 429 for error in errors)
-    return AllAttemptsFailed(
-        f"all {len(errors)} attempts failed: {named}",
-        status=status,
-        kind=kind or Kind.BAD_GATEWAY,
-        code=errors[-1].code if status else "",
-        retry_after_s=min(waits) if waits and (all_limited or len(waits) == len(errors)) else None,
-    )
-
-
-def _counted(messages: list[str]) -> list[str]:
-    counts = {message: messages.count(message) for message in messages}
-    return [said if n == 1 else f"{said} ({n} times)" for said, n in counts.items()]
-
-
-# One exchange with a provider.
-
-
-async def _exchange(app: App, call: Call, reply: Reply, target: Target) -> None:
-    origin, path = origin_of(target.base)
-    request = _build_request(app, call, target, path)
-    try:
-        await _send(app, call, reply, target, origin, request)
+        await _send(app, call, reply, target, outgoing)
     except StaleConnection:  # no byte had come back, so nobody has seen the request
-        await _send(app, call, reply, target, origin, request, fresh=True)
+        await _send(app, call, reply, target, outgoing, fresh=True)
 
 
 async def _send(
@@ -5743,17 +11482,17 @@ async def _send(
     call: Call,
     reply: Reply,
     target: Target,
-    origin: Origin,
-    request: bytes,
+    outgoing: _Outgoing,
     *,
     fresh: bool = False,
 ) -> None:
     """Send a request, and wait until its sink has had all of the answer."""
+    origin, _ = origin_of(target.base)
     connection = await app.pool.lend(target.name, origin, target.timeouts.connect_s, fresh=fresh)
-    sink = _sink_for(call, reply, target, connection)
-    _set_deadlines(connection, call, target.timeouts)
+    sink = _sink_for(call, reply, target, connection, outgoing.translation)
+    _set_deadlines(connection, target.timeouts, stream=call.stream)
     try:
-        connection.start(request, sink)
+        connection.start(outgoing.raw, sink)
         await sink.done
     except UpstreamError:
         raise  # the connection has taken care of itself
@@ -5764,9 +11503,9 @@ async def _send(
         raise
 
 
-def _set_deadlines(connection: Connection, call: Call, timeouts: Timeouts) -> None:
+def _set_deadlines(connection: Connection, timeouts: Timeouts, *, stream: bool) -> None:
     now = time.monotonic()
-    if call.stream:
+    if stream:
         connection.waiting = f"sent no first token within {timeouts.first_token_s:g} s"
         connection.deadline = connection.limit = now + timeouts.first_token_s
     else:
@@ -5776,30 +11515,40 @@ def _set_deadlines(connection: Connection, call: Call, timeouts: Timeouts) -> No
 
 
 def _sink_for(
-    call: Call, reply: Reply, target: Target, connection: Connection
+    call: Call,
+    reply: Reply,
+    target: Target,
+    connection: Connection,
+    translation: Translation | None,
 ) -> Collector | _StreamSink | _RawSink:
     if call.op.raw:
         return _RawSink(call, reply, target, connection)
     if call.stream:
-        return _StreamSink(call, reply, target, connection)
+        return _StreamSink(call, reply, target, connection, translation)
     done = connection.loop.create_future()
-    return Collector(done, functools.partial(_answer, call, reply, target))
+    return Collector(done, functools.partial(_answer, call, reply, target, translation))
 
 
-def _build_request(app: App, call: Call, target: Target, path: str) -> bytes:
-    """A request as it goes to a target: the caller's bytes, but for model, key and usage."""
-    body, content_type = _body_for(app, call, target)
-    suffix = call.op.suffix
+def _request(
+    call: Call, target: Target, suffix: str, query: str, body: bytes, content_type: str
+) -> bytes:
+    """A request as it goes to a target."""
+    _, path = origin_of(target.base)
     if "{model}" in suffix:
         suffix = suffix.replace("{model}", quote(target.model, safe="/-._~:@"))
-    query = f"?{call.query}" if call.query else ""
+    query = f"?{query}" if query else ""
     lines = [f"POST {path}{suffix}{query} HTTP/1.1\r\n", target.head.reveal()]
+    own_protocol = target.protocol is call.op.protocol
     for name, value in call.headers.items():
-        by_prefix = name.startswith(_FORWARDED_PREFIXES) and not _CREDENTIAL.search(name)
+        by_prefix = own_protocol and name.startswith(_FORWARDED_PREFIXES)
+        if by_prefix and _CREDENTIAL.search(name):
+            continue
         if (by_prefix or name in _FORWARDED) and name not in target.headers:
             lines.append(f"{name}: {value}\r\n")
-    given = "anthropic-version" in call.headers or "anthropic-version" in target.headers
-    if call.op.protocol is ApiProtocol.MESSAGES and not given:
+    given = (own_protocol and "anthropic-version" in call.headers) or (
+        "anthropic-version" in target.headers
+    )
+    if target.protocol is ApiProtocol.MESSAGES and not given:
         lines.append(f"anthropic-version: {_ANTHROPIC_VERSION}\r\n")
     lines.append(
         f"content-type: {content_type}\r\naccept-encoding: identity\r\n"
@@ -5813,6 +11562,8 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
     if document is None:
         body, _ = set_form_field(call.body, call.form_type, "model", target.model)
         return body, call.form_type
+    if call.op.translates and document.mentions(_ENVELOPE_MARKS):
+        return _unsealed_body(app, call, target, document), "application/json"
     document.forget_edits()
     named = document.value.get("model")
     wanted = target.model
@@ -5824,6 +11575,22 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
     if call.asked_for_usage:
         document.set_in("stream_options", "include_usage", True)
     return document.encoded(), "application/json"
+
+
+_ENVELOPE_MARKS = (ENVELOPE, base64.b64encode(ENVELOPE.encode())[:5].decode())
+
+
+def _unsealed_body(app: App, call: Call, target: Target, document: Document) -> bytes:
+    """The body of a conversation that has been at another vendor's: what we sealed is opened for
+    whom it belongs to, and withheld from everybody else."""
+    body = parse_json(document.raw)
+    call.codec.unseal(body, target.traits.vendor)
+    if "model" in body:
+        body["model"] = target.model
+    call.asked_for_usage = call.hide_usage and target.provider not in app.no_usage_option
+    if call.asked_for_usage:
+        body["stream_options"] = {**as_object(body.get("stream_options")), "include_usage": True}
+    return compact(body)
 
 
 def set_form_field(
@@ -5855,24 +11622,209 @@ def set_form_field(
     return body, None
 
 
+# Requests in another protocol.
+
+
+async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
+    """The caller's request in a target's words. Raises UpstreamUnfit if they cannot say it."""
+    prompt, protocol, traits = call.prompt, target.protocol, target.traits
+    losses = call.losses = Losses()
+    prompt = _recalled(app, call, prompt)
+    refused = app.refused.get((target.provider, target.model), set())
+    if refused & _FORMAT_FIELDS:
+        traits = traits._replace(schema="prompt")
+    if "max_tokens_field" in refused:
+        other = {"max_tokens": "max_completion_tokens"}
+        name = other.get(traits.max_tokens_field, "max_tokens")
+        traits = traits._replace(max_tokens_field=name)
+    prompt, undo = adapt(prompt._replace(model=target.model), protocol, traits, losses)
+    prompt = await with_fetched_media(prompt, protocol, traits, app.may_fetch_from)
+    count = 1
+    if prompt.sampling.n > 1 and not (protocol in _MAKE_MANY and traits.many):
+        count = min(prompt.sampling.n, _MAX_FAN_OUT)
+        losses.add("fanned_out", "n", harmful=False)
+        prompt = prompt._replace(stream=False, sampling=prompt.sampling._replace(n=1))
+    body = CODECS[protocol].render_request(prompt, traits, losses)
+    for name in refused:
+        if body.pop(name, None) is not None:
+            losses.add("refused_by_model", name)
+    _refuse_losses(call, losses)
+    op, query = GENERATE[protocol], ""
+    if protocol is ApiProtocol.GENERATE_CONTENT and prompt.stream:
+        op, query = GEMINI_VERBS["streamGenerateContent"], "alt=sse"
+    raw = _request(call, target, op.suffix, query, compact(body), "application/json")
+    return _Outgoing(raw, _translation(app, call, target, undo), count)
+
+
+_FORMAT_FIELDS = frozenset({"response_format", "text", "output_config"})
+_MAKE_MANY = (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.GENERATE_CONTENT)
+_MAX_FAN_OUT = 8
+
+
+def _refuse_losses(call: Call, losses: Losses) -> None:
+    harmful = [loss for loss in losses.found if loss.harmful]
+    if call.strict and harmful:
+        loss = harmful[0]
+        raise UpstreamUnfit(
+            f"{loss.field}: the model's provider cannot have it ({loss.code}), and "
+            "x-bitrouter-strict asks for no losses",
+            code="unsupported_parameter",
+            param=loss.field,
+        )
+
+
+def _translation(app: App, call: Call, target: Target, undo: Undo) -> Translation:
+    return Translation(
+        CODECS[target.protocol],
+        call.codec,
+        call.prompt,
+        undo,
+        AnswerLabel(app.new_id(), time.time_ns() // 10**9, target.model, size_of(call.prompt) // 4),
+        target.traits.vendor,
+        functools.partial(_told_in_band, target),
+        as_array=call.as_array,
+    )
+
+
+# What clients forget: the state that came with calls, and the turns behind a response id.
+
+
+def _recalled(app: App, call: Call, prompt: Prompt) -> Prompt:
+    """A prompt with the reasoning that led to its calls, where the caller's client dropped it."""
+    messages = []
+    for message in prompt.messages:
+        kinds = {type(part) for part in message.content}
+        if message.role == "assistant" and ToolCall in kinds and Reasoning not in kinds:
+            content: list[Content] = []
+            for part in message.content:
+                if isinstance(part, ToolCall) and part.opaque is None:
+                    known = app.states.get((call.caller, part.id), time.monotonic())
+                    before, state = known or ((), None)
+                    content += before
+                    part = part._replace(opaque=state)
+                content.append(part)
+            message = message._replace(content=tuple(content))
+        if call.no_reasoning:
+            kept = tuple(p for p in message.content if not isinstance(p, Reasoning))
+            message = message._replace(content=kept)
+        if message.content or message.role != "assistant":
+            messages.append(message)
+    return prompt._replace(messages=tuple(messages))
+
+
+def _remember(app: App, call: Call, translation: Translation) -> None:
+    now = time.monotonic()
+    answer = translation.choices()[0].content
+    before: list[Reasoning] = []
+    for block in answer:
+        if isinstance(block, ToolCall):
+            if block.opaque or any(one.opaque for one in before):
+                app.states.put((call.caller, block.id), (tuple(before), block.opaque), now)
+            before = []
+        elif isinstance(block, Reasoning):
+            before.append(block)
+    if call.op is RESPONSES_OP and call.prompt.store is not False:
+        turn = (*call.prompt.messages, Message("assistant", answer))
+        size = sum(len(text_of(block)) for block in answer) + size_of(call.prompt)
+        app.turns.put((call.caller, translation.answer_id), turn, now, size)
+
+
+# Several choices from a target that makes one at a time.
+
+
+async def _fan_out(app: App, call: Call, reply: Reply, target: Target, outgoing: _Outgoing) -> None:
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(ask(app, call, target, outgoing.raw)) for _ in range(outgoing.times)]
+    try:
+        values = await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    translation = outgoing.translation
+    assert translation is not None  # noqa: S101  only translated requests fan out
+    headers = JSON_HEADERS | served_by(call, target)
+    call.first_at = time.monotonic()
+    if call.stream:
+        told = translation.many_as_stream(values)
+        call.book(translation.state.usage)
+        reply.begin(200, headers | _stream_headers(call) | _warnings(call, translation), told)
+        reply.end()
+        return
+    answer = compact(translation.many(values))
+    call.book(translation.state.usage)
+    reply.send(200, answer, headers | _cost_header(call) | _warnings(call, translation))
+
+
+async def ask(app: App, call: Call, target: Target, raw: bytes) -> JsonObject:
+    """Send a request and return what comes back, whole. Raises UpstreamError."""
+    answers: list[JsonObject] = []
+
+    def use(head: ResponseHead, body: bytes) -> None:
+        if not 200 <= head.status < 300:
+            raise _refusal(call, target, head, body)
+        answers.append(_read_answer(call, target, body))
+
+    origin, _ = origin_of(target.base)
+    connection = await app.pool.lend(target.name, origin, target.timeouts.connect_s)
+    sink = Collector(connection.loop.create_future(), use)
+    _set_deadlines(connection, target.timeouts, stream=False)
+    try:
+        connection.start(raw, sink)
+        await sink.done
+    except UpstreamError:
+        raise
+    except BaseException:
+        connection.give_up(sink)
+        raise
+    return answers[0]
+
+
+def request_to(call: Call, target: Target, suffix: str, body: JsonObject) -> bytes:
+    """A request of our own making, in the course of a call."""
+    return _request(call, target, suffix, "", compact(body), "application/json")
+
+
 # Answers, whole.
 
 
-def _answer(call: Call, reply: Reply, target: Target, head: ResponseHead, body: bytes) -> None:
+def _answer(
+    call: Call,
+    reply: Reply,
+    target: Target,
+    translation: Translation | None,
+    head: ResponseHead,
+    body: bytes,
+) -> None:
     """Pass a whole answer on, or raise what is wrong with it."""
     if not 200 <= head.status < 300:
         raise _refusal(call, target, head, body)
     value = _read_answer(call, target, body)
-    call.book(call.codec.usage(value))
     headers = _answer_headers(call, target, head)
-    if call.cost_usd is not None:
-        headers["x-bitrouter-cost-usd"] = f"{call.cost_usd:.9f}"
+    if translation:
+        body = compact(translation.whole(value))
+        headers |= JSON_HEADERS | _warnings(call, translation)
+        call.book(translation.state.usage)
+    else:
+        call.book(call.codec.usage(value))
+    headers |= _cost_header(call)
     call.first_at = time.monotonic()
     reply.send(head.status, body, headers)
 
 
+def _cost_header(call: Call) -> Headers:
+    return {} if call.cost_usd is None else {"x-bitrouter-cost-usd": f"{call.cost_usd:.9f}"}
+
+
+def _warnings(call: Call, translation: Translation | None) -> Headers:
+    """What was lost, as a header: `code;field=name` for each loss, at most 2 KB."""
+    for loss in translation.losses.found if translation else ():
+        call.losses.add(loss.code, loss.field, harmful=loss.harmful)
+    told = ", ".join(f"{loss.code};field={printable(loss.field, 80)}" for loss in call.losses.found)
+    return {"x-bitrouter-warnings": told[:2048]} if told else {}
+
+
 def _read_answer(call: Call, target: Target, body: bytes) -> JsonObject:
-    if len(body) > _MAX_ERROR_BYTES and not call.op.generates:
+    if len(body) > _MAX_ERROR_BYTES and not call.op.generates and not call.translates(target):
         return _usage_at_end(body)  # embeddings: megabytes of numbers that are nobody's business
     try:
         value = parse_json(body)
@@ -5882,10 +11834,11 @@ def _read_answer(call: Call, target: Target, body: bytes) -> JsonObject:
         raise UpstreamGarbled(said, detail=shown) from None
     if not isinstance(value, dict):
         raise UpstreamGarbled(f"{target.name} answered 200 with JSON that is not an object")
-    facts = call.codec.parse_error(value) if value.get("error") else None
+    codec = CODECS[target.protocol]
+    facts = codec.parse_error(value) if value.get("error") else None
     if facts:
         raise _told_in_band(target, facts)
-    missing = call.codec.what_is_missing(value) if call.op.generates else ""
+    missing = codec.what_is_missing(value) if call.op.generates else ""
     if missing:
         raise UpstreamGarbled(f"{target.name} answered 200 without {missing}")
     return value
@@ -5908,8 +11861,10 @@ def _usage_at_end(body: bytes) -> JsonObject:
 def _refusal(call: Call, target: Target, head: ResponseHead, body: bytes) -> UpstreamError:
     body = _without_key(target, body)
     wall_s = time.time_ns() / 1e9
-    protocol = call.op.protocol
-    return upstream_error(target.name, head.status, head.headers, body, protocol, wall_s)
+    error = upstream_error(target.name, head.status, head.headers, body, target.protocol, wall_s)
+    if target.protocol is not call.op.protocol:
+        error.body = b""  # in another protocol's words
+    return error
 
 
 def _without_key(target: Target, body: bytes) -> bytes:
@@ -5922,6 +11877,11 @@ def _answer_headers(call: Call, target: Target, head: ResponseHead) -> Headers:
     headers = returned_headers(head.headers)
     headers.setdefault("content-type", "application/json")
     return headers | served_by(call, target)
+
+
+def _stream_headers(call: Call) -> Headers:
+    kind = "application/json" if call.as_array else "text/event-stream"
+    return {"content-type": f"{kind}; charset=utf-8", "cache-control": "no-cache"}
 
 
 def returned_headers(headers: Headers) -> Headers:
@@ -5951,15 +11911,24 @@ class _StreamSink:
     gets an UpstreamError if the caller has nothing yet.
     """
 
-    def __init__(self, call: Call, reply: Reply, target: Target, connection: Connection) -> None:
+    def __init__(
+        self,
+        call: Call,
+        reply: Reply,
+        target: Target,
+        connection: Connection,
+        translation: Translation | None,
+    ) -> None:
         self.done: asyncio.Future[None] = connection.loop.create_future()
         self._call = call
         self._reply = reply
         self._target = target
         self._connection = connection
         self._codec = call.codec
-        hide = call.asked_for_usage
-        self._relay = StreamRelay(call.codec, hide_usage=hide, as_array=call.as_array)
+        self._translation = translation
+        self._relay: StreamRelay | Translation = translation or StreamRelay(
+            call.codec, hide_usage=call.asked_for_usage, as_array=call.as_array
+        )
         self._head: ResponseHead | None = None
         self._refused: list[bytes] | None = None  # the body of a response that is no stream
         self._refused_bytes = 0
@@ -5976,7 +11945,8 @@ class _StreamSink:
             return
         if self._refused is not None:
             self._refused_bytes += len(data)
-            if self._refused_bytes <= _MAX_ERROR_BYTES:
+            ok = self._head is not None and self._head.status == 200
+            if self._refused_bytes <= (_MAX_WHOLE_BYTES if ok else _MAX_ERROR_BYTES):
                 self._refused.append(data)
             return
         self._pass_on(self._relay.feed(data))
@@ -6007,7 +11977,10 @@ class _StreamSink:
         if self.done.done() or self._head is None:
             return
         if self._refused is not None:
-            fail_future(self.done, self._what_was_refused(self._head, b"".join(self._refused)))
+            try:
+                self._read_whole(self._head, b"".join(self._refused))
+            except UpstreamError as error:
+                fail_future(self.done, error)
             return
         self._pass_on(self._relay.finish())
         if self._relay.over:
@@ -6040,11 +12013,8 @@ class _StreamSink:
         assert self._head is not None  # noqa: S101  a body comes after its head
         call, reply = self._call, self._reply
         call.first_at = time.monotonic()
-        headers = _answer_headers(call, self._target, self._head)
-        headers["content-type"] = "text/event-stream; charset=utf-8"
-        headers["cache-control"] = "no-cache"
-        if call.as_array:
-            headers["content-type"] = "application/json; charset=utf-8"
+        headers = _answer_headers(call, self._target, self._head) | _stream_headers(call)
+        headers |= _warnings(call, self._translation)
         reply.heartbeat = self._codec.heartbeat
         reply.on_flow = self._connection.follow
         self._open = True
@@ -6072,15 +12042,37 @@ class _StreamSink:
         self._connection.detach()
         self.done.set_result(None)
 
-    def _what_was_refused(self, head: ResponseHead, body: bytes) -> UpstreamError:
+    def _read_whole(self, head: ResponseHead, body: bytes) -> None:
+        """A whole answer where a stream was asked for: an error, or one to be made a stream of."""
         if head.status != 200:
-            return _refusal(self._call, self._target, head, body)
-        try:
-            _read_answer(self._call, self._target, body)
-        except UpstreamError as error:
-            return error
-        said = f"{self._target.name} answered a request for a stream with a whole answer"
-        return UpstreamGarbled(said)
+            raise _refusal(self._call, self._target, head, body)
+        value = _read_answer(self._call, self._target, body)
+        translation = self._translation
+        if translation is None:
+            if not self._call.op.translates:
+                said = f"{self._target.name} answered a request for a stream with a whole answer"
+                raise UpstreamGarbled(said)
+            translation = self._as_stream()
+        out = translation.whole_as_stream(value)
+        self._relay = translation
+        self._begin(out)
+        self._finish(None)
+
+    def _as_stream(self) -> Translation:
+        """What makes a stream of an answer in the caller's own protocol."""
+        call, target = self._call, self._target
+        label = AnswerLabel(call.id, time.time_ns() // 10**9, target.model)
+        explain = functools.partial(_told_in_band, target)
+        return Translation(
+            self._codec,
+            self._codec,
+            call.prompt,
+            Undo(),
+            label,
+            target.traits.vendor,
+            explain,
+            as_array=call.as_array,
+        )
 
 
 class _RawSink:
@@ -6138,36 +12130,330 @@ class _RawSink:
             fail_future(self.done, error)
 
 
-async def _echo(app: App, call: Call, reply: Reply) -> None:
+# ---------------------------------------------------------------------------------------------
+# 30. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
+# ---------------------------------------------------------------------------------------------
+
+
+async def count_tokens(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]) -> None:
+    """Count a prompt's tokens: as the provider does, or else by a rule of thumb that says so."""
+    target = call.target = chain[0]
+    call.attempts = 1
+    if target.provider != "echo" and target.protocol in COUNT_SUFFIXES:
+        try:
+            if target.protocol is call.op.protocol:
+                await exchange(app, call, reply, target)
+                return
+            count = await _counted_there(app, call, target)
+        except UpstreamRejected:
+            raise
+        except UpstreamError as error:
+            log.info("count_tokens_estimated target=%s reason=%s", target.name, error.message)
+        else:
+            headers = JSON_HEADERS | served_by(call, target)
+            reply.send(200, compact(_rendered_count(call, count)), headers)
+            return
+    call.losses.add("estimated", "input_tokens", harmful=False)
+    prompt = _prompt_to_count(call)
+    headers = JSON_HEADERS | served_by(call, target) | _estimated()
+    reply.send(200, compact(_rendered_count(call, -(-size_of(prompt) // 4))), headers)
+
+
+def _estimated() -> Headers:
+    return {"x-bitrouter-warnings": "estimated;field=input_tokens"}
+
+
+def _prompt_to_count(call: Call) -> Prompt:
+    """What a count is asked of. wire: Google's may stand in `generateContentRequest`."""
+    body = call.document.value if call.document else {}
+    inner = body.get("generateContentRequest", body.get("generate_content_request"))
+    body = as_object(inner) or body
+    return call.codec.parse_request(body)._replace(model=call.model, stream=False)
+
+
+async def _counted_there(app: App, call: Call, target: Target) -> int:
+    prompt, protocol = _prompt_to_count(call), target.protocol
+    if protocol is ApiProtocol.RESPONSES and not target.traits.official:
+        raise UpstreamUnfit("only OpenAI itself counts tokens")
+    losses = call.losses = Losses()
+    prompt, _ = adapt(prompt._replace(model=target.model), protocol, target.traits, losses)
+    body = CODECS[protocol].render_request(prompt, target.traits, losses)
+    for name in ("max_tokens", "stream", "metadata", "service_tier", "include", "store"):
+        body.pop(name, None)
+    if protocol is ApiProtocol.GENERATE_CONTENT:
+        body = {"generateContentRequest": {"model": f"models/{target.model}", **body}}
+    raw = request_to(call, target, COUNT_SUFFIXES[protocol], body)
+    value = await ask(app, call, target, raw)
+    count = value.get("totalTokens", value.get("input_tokens"))
+    if not whole(count):
+        raise UpstreamGarbled(f"{target.name} answered 200 without a count")
+    return whole(count)
+
+
+def _rendered_count(call: Call, count: int) -> JsonObject:
+    match call.op.protocol:
+        case ApiProtocol.GENERATE_CONTENT:
+            return {"totalTokens": count}
+        case ApiProtocol.RESPONSES:
+            return {"object": "response.input_tokens", "input_tokens": count}
+    return {"input_tokens": count}
+
+
+async def embed(app: App, call: Call, reply: Reply, target: Target) -> None:
+    """Embed texts at a provider that spells it the other way. Raises UpstreamError."""
+    body = call.document.value if call.document else {}
+    if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
+        texts, asked = embeddings_for_openai(body, target.model)
+        suffix = "/embeddings"
+    else:
+        texts, asked = embeddings_for_gemini(body, target.model)
+        suffix = "/models/{model}:batchEmbedContents"
+    value = await ask(app, call, target, request_to(call, target, suffix, asked))
+    usage = CODECS[target.protocol].usage(value) or Usage(sum(map(len, texts)) // 4)
+    call.book(usage)
+    if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
+        answer = embeddings_as_gemini(value, one=call.op.name == "embedContent")
+    else:
+        answer = embeddings_as_openai(body, value, target.model, usage)
+    call.first_at = time.monotonic()
+    reply.send(200, compact(answer), JSON_HEADERS | served_by(call, target))
+
+
+async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
     """The built-in model's turn."""
-    codec, target = call.codec, call.target
-    # The route to echo leads here only with JSON, and only in a protocol that has all of these.
-    if not (call.document and target and codec.parse_request and codec.encoder):
-        raise ProtocolUnsupported(f"{ECHO_MODEL} takes a JSON body")
-    prompt = codec.parse_request(call.document.value)
-    parts = echo_parts(prompt)
-    label = AnswerLabel(app.new_id(), int(time.time_ns() // 1_000_000_000))
-    last = parts[-1]
-    call.book(last.usage if isinstance(last, Finished) else None)
+    codec, prompt = call.codec, call.prompt
+    parts, usage = echo_parts(prompt)
+    label = AnswerLabel(app.new_id(), time.time_ns() // 10**9, ECHO_MODEL, usage.input_tokens)
+    call.book(usage)
     call.first_at = time.monotonic()
     headers = served_by(call, target)
     if not prompt.stream:
-        answer = compact(
-            codec.render_response(prompt, label, parts) if codec.render_response else {}
-        )
-        reply.send(200, answer, {**JSON_HEADERS, **headers, "x-bitrouter-cost-usd": "0"})
+        gatherer = Gatherer()
+        for part in parts:
+            gatherer.add(part)
+        answer = codec.render_response(prompt, label, gatherer.choices(), usage, Losses())
+        headers |= {**JSON_HEADERS, "x-bitrouter-cost-usd": "0"}
+        reply.send(200, compact(answer), headers)
         return
     encoder = codec.encoder(prompt, label)
-    headers |= {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
-    reply.begin(200, headers, encoder.encode(parts[0]))
-    for part in parts[1:]:
+    framer = ArrayFramer() if call.as_array else None
+    kind = "application/json" if call.as_array else "text/event-stream"
+    headers |= {"content-type": f"{kind}; charset=utf-8", "cache-control": "no-cache"}
+    reply.begin(200, headers, b"")
+    for part in parts:
         await reply.drained()
-        reply.write(encoder.encode(part))
+        out = encoder.encode(part)
+        reply.write(framer.feed(out) if framer else out)
+    out = encoder.end(usage)
+    reply.write(framer.feed(out) + framer.end() if framer else out)
     reply.end()
 
 
 # ---------------------------------------------------------------------------------------------
-# 22. pipeline: one request's life; the handlers
+# 31. attempts: the loop of retries and fallbacks
+# ---------------------------------------------------------------------------------------------
+# For each target of the chain, in order: send; on a failure that another try may mend, wait a
+# little and try the same target again, or go on to the next. Once something has reached the
+# caller there is no going back, and a failure is shown as one, in the way of the caller's protocol.
+
+
+async def attempt_chain(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]) -> None:
+    """Answer from the first target that can. Raises UpstreamError when none did."""
+    if call.op.counts:
+        await count_tokens(app, call, reply, chain)
+        return
+    for target in app.health.order(chain, time.monotonic()):
+        retries = 0
+        while True:
+            error = await _attempt(app, call, reply, target)
+            if error is None:
+                return
+            pause_s = _pause_s(app, error, retries) if error.retryable else None
+            then = "retry" if pause_s is not None else "next" if error.retryable else "give_up"
+            _note_failure(app, call, error, then)
+            if not error.retryable:
+                raise error
+            if pause_s is None:
+                break
+            retries += 1
+            await asyncio.sleep(pause_s)
+    raise _sum_up(call)
+
+
+async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
+    """Try one target once. The caller has its answer, or nothing at all and we have an error."""
+    target = call.target = _where_it_works(app, call, target)
+    call.attempts += 1
+    if target.provider == "echo":
+        await echo(app, call, reply, target)
+        return None
+    probes = call.op.generates and app.health.begin(
+        target, time.monotonic(), target.timeouts.total_s
+    )
+    try:
+        if call.op.embeds and call.translates(target):
+            await embed(app, call, reply, target)
+        else:
+            await exchange(app, call, reply, target)
+    except UpstreamError as error:
+        if call.op.generates and _is_the_targets_fault(error):
+            app.health.failed(target, error, time.monotonic())
+        elif probes:
+            app.health.abandoned(target)
+        if _refuses_usage_option(app, call, target, error) or _learned(app, call, target, error):
+            return await _attempt(app, call, reply, target)
+        return error
+    except BaseException:
+        if probes:
+            app.health.abandoned(target)
+        raise
+    if call.op.generates:
+        if call.broke is None:
+            app.health.succeeded(target)
+        elif isinstance(call.broke, UpstreamError) and _is_the_targets_fault(call.broke):
+            app.health.failed(target, call.broke, time.monotonic())
+    return None
+
+
+def _is_the_targets_fault(error: UpstreamError) -> bool:
+    return error.retryable and not isinstance(error, UpstreamUnfit)
+
+
+def _refuses_usage_option(app: App, call: Call, target: Target, error: UpstreamError) -> bool:
+    """Whether a refusal is about the one thing that we added; it is not added again then."""
+    ours = call.asked_for_usage and isinstance(error, UpstreamRejected)
+    if not ours or "stream_options" not in error.message:
+        return False
+    app.no_usage_option.add(target.provider)
+    return True
+
+
+def _where_it_works(app: App, call: Call, target: Target) -> Target:
+    """The target, spoken to in the protocol in which its model does what is asked."""
+    other = ApiProtocol.RESPONSES
+    if call.op is not CHAT_OP or other not in target.others or target.protocol is other:
+        return target
+    learned = _TOOLS_REFUSED in app.refused.get((target.provider, target.model), ())
+    if not learned and not (
+        target.traits.official
+        and may_prefer_responses(target.model)
+        and prefers_responses(target.model, call.prompt)
+    ):
+        return target
+    return at_protocol(target, other)
+
+
+_TOOLS_REFUSED = "tools with reasoning"
+_TOOLS_REFUSED_TEXT = re.compile(
+    r"tools with reasoning_effort (are|is) not supported", re.IGNORECASE
+)
+_BOUND_TEXT = re.compile(
+    r"signature|bound to a different|thinking.{0,40}block", re.IGNORECASE | re.DOTALL
+)
+_QUOTED_NAME = re.compile(r"[`'\"]([A-Za-z_]+)(?:\.[A-Za-z_.]+)?[`'\"]")
+_NEEDED = {"model", "messages", "input", "contents", "tools", "stream", "system", "instructions"}
+
+
+def _learned(app: App, call: Call, target: Target, error: UpstreamError) -> bool:
+    """Whether a refusal is about something that we chose or spelt, so that it can be done without;
+    what a model has refused is not sent to it again."""
+    if not isinstance(error, UpstreamRejected) or error.status != 400:
+        return False
+    known = app.refused.setdefault((target.provider, target.model), set())
+    before = len(known)
+    if call.op is CHAT_OP and _TOOLS_REFUSED_TEXT.search(error.message):
+        if ApiProtocol.RESPONSES in target.others and target.protocol is not ApiProtocol.RESPONSES:
+            known.add(_TOOLS_REFUSED)
+    elif not call.translates(target):
+        return False
+    elif target.protocol is ApiProtocol.MESSAGES and _BOUND_TEXT.search(error.message):
+        again, call.no_reasoning = not call.no_reasoning, True
+        return again
+    else:
+        known |= _fields_to_do_without(error.message, target)
+    return len(known) > before
+
+
+def _fields_to_do_without(message: str, target: Target) -> set[str]:
+    names = {found[1] for found in _QUOTED_NAME.finditer(message)} - _NEEDED
+    limits = {"max_tokens", "max_completion_tokens"}
+    if names & limits and target.protocol is ApiProtocol.CHAT_COMPLETIONS:
+        return {"max_tokens_field"}
+    return {name for name in names - limits if name in _OPTIONAL}
+
+
+# Fields that we may have written of our own accord or spelt in our own way.
+_OPTIONAL = {
+    "temperature", "top_p", "top_k", "stop", "seed", "presence_penalty", "frequency_penalty",
+    "logit_bias", "logprobs", "top_logprobs", "parallel_tool_calls", "response_format", "verbosity",
+    "reasoning_effort", "reasoning", "service_tier", "safety_identifier", "user",
+    "prompt_cache_key", "metadata", "store", "stream_options", "include", "text", "thinking",
+    "output_config", "stop_sequences", "cache_control", "tool_choice", "generationConfig",
+    "serviceTier", "toolConfig",
+}  # fmt: skip
+
+
+def _note_failure(app: App, call: Call, error: UpstreamError, then: str) -> None:
+    target = call.target
+    assert target is not None  # noqa: S101  an attempt has one
+    call.failed.append(Attempt(target, error))
+    facts = {
+        "id": call.id,
+        "attempt": call.attempts,
+        "target": f"{target.name}/{printable(target.model)}",
+        "status": error.status,
+        "code": error.code,
+        "then": then,
+        "reason": printable(error.message, 500),
+        "detail": printable(error.detail, 500) or None,
+    }
+    app.writer.event("attempt_failed", facts, level="warning")
+
+
+def _pause_s(app: App, error: UpstreamError, retries: int) -> float | None:
+    """How long to wait before the same target is tried again; None if it is not."""
+    rules = app.config.upstream.retry
+    if retries >= rules.max and not (retries == 0 and error.code == "upstream_malformed_tool_call"):
+        return None
+    jitter_s = app.random.uniform(0, min(rules.max_ms, rules.base_ms * 2**retries)) / 1000
+    if isinstance(error, UpstreamUnreachable) and error.code == UpstreamUnreachable.code:
+        return jitter_s  # not a byte came back: as good as never sent
+    if error.code == "upstream_malformed_tool_call":
+        return jitter_s if retries == 0 else None
+    if error.status in (429, 503) and error.retry_after_s is not None and error.retryable:
+        short = error.retry_after_s * 1000 <= rules.max_ms
+        return error.retry_after_s + min(jitter_s, 0.1 * error.retry_after_s) if short else None
+    return None
+
+
+def _sum_up(call: Call) -> UpstreamError:
+    """One error for a chain of failures, with the status that fits them all."""
+    errors = [attempt.error for attempt in call.failed]
+    if len(errors) == 1 or isinstance(errors[-1], UpstreamUnfit):
+        return errors[-1]
+    named = "; ".join(_counted([error.message for error in errors]))
+    waits = [e.retry_after_s for e in errors if e.retry_after_s is not None]
+    statuses = {error.status for error in errors}
+    status, kind = (statuses.pop(), errors[-1].kind) if len(statuses) == 1 else (0, None)
+    if len({type(error) for error in errors}) == 1 and isinstance(errors[0], UpstreamNoCredit):
+        kind = Kind.BILLING
+    all_limited = all(error.status == 429 for error in errors)
+    return AllAttemptsFailed(
+        f"all {len(errors)} attempts failed: {named}",
+        status=status,
+        kind=kind or Kind.BAD_GATEWAY,
+        code=errors[-1].code if status else "",
+        retry_after_s=min(waits) if waits and (all_limited or len(waits) == len(errors)) else None,
+    )
+
+
+def _counted(messages: list[str]) -> list[str]:
+    counts = {message: messages.count(message) for message in messages}
+    return [said if n == 1 else f"{said} ({n} times)" for said, n in counts.items()]
+
+
+# ---------------------------------------------------------------------------------------------
+# 32. pipeline: one request's life; the handlers
 # ---------------------------------------------------------------------------------------------
 # Every handler has the same shape: (app, request, reply). They raise; `handle` turns what they
 # raise into the error object of the protocol that the path belongs to.
@@ -6193,7 +12479,7 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
         if asked.page:
             await asked.page(app, request, reply)
         elif asked.op:
-            call = _read_call(request, asked.op, asked.model, request_id, started_at)
+            call = _read_call(app, request, asked, caller, request_id, started_at)
             route = app.router.resolve(call.model, call.op)
             await attempt_chain(app, call, reply, route.chain)
             error = call.broke
@@ -6356,7 +12642,9 @@ def _call_facts(call: Call) -> dict[str, Any]:
         facts |= {"in": usage.input_tokens, "out": usage.output_tokens}
         facts["cached"] = usage.cached_tokens
         facts["cost_usd"] = call.cost_usd
-    facts["warnings"] = "usage_unknown" if _usage_is_missing(call) else None
+    told = [f"{loss.code}:{loss.field}" for loss in call.losses.found]
+    told += ["usage_unknown"] if _usage_is_missing(call) else []
+    facts["warnings"] = ",".join(told) or None
     facts["duration_ms"] = round((time.monotonic() - call.started_at) * 1000, 1)
     return facts
 
@@ -6455,12 +12743,15 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 def _read_call(
-    request: HttpRequest, op: Operation, model: str, request_id: str, started_at: float
+    app: App, request: HttpRequest, asked: _Asked, caller: str, request_id: str, started_at: float
 ) -> Call:
     """Understand a request to a model. Raises BadRequest, naming the field."""
+    op, model = asked.op, asked.model
+    assert op is not None  # noqa: S101  what is asked is no page
     content_type = request.headers.get("content-type", "")
     media = content_type.partition(";")[0].strip().lower()
-    call = Call(request_id, op, model, request.headers, started_at)
+    call = Call(request_id, op, model, request.headers, started_at, caller)
+    call.strict = request.headers.get("x-bitrouter-strict", "").lower() in ("1", "true")
     call.query = "&".join(
         pair
         for pair in request.query.split("&")
@@ -6487,7 +12778,26 @@ def _read_call(
             param="model",
         )
     call.stream = _streams(call)
+    call.history = _history(app, call)
     return call
+
+
+def _history(app: App, call: Call) -> tuple[Message, ...] | None:
+    """The conversation behind `previous_response_id`, if it was we who answered it."""
+    if call.op is not RESPONSES_OP or call.document is None:
+        return None
+    ident = maybe(call.document.value, "previous_response_id", str)
+    if not ident or not ident.startswith("resp_br"):
+        return None
+    known: tuple[Message, ...] | None = app.turns.get((call.caller, ident), time.monotonic())
+    if known is None:
+        raise BadRequest(
+            f"previous_response_id: {printable(ident, 64)} is not known here (any more); "
+            "send the conversation in `input`",
+            code="previous_response_not_found",
+            param="previous_response_id",
+        )
+    return known
 
 
 _QUERY_CREDENTIALS = {"key", "api_key", "api-key", "apikey", "access_token", "token"}
@@ -6701,7 +13011,7 @@ SERVICE = Service(screen, handle, _refuse_unread)
 
 
 # ---------------------------------------------------------------------------------------------
-# 23. server: listening, finding local servers, draining
+# 33. server: listening, finding local servers, draining
 # ---------------------------------------------------------------------------------------------
 
 _DRAIN_S = 30.0
@@ -6956,7 +13266,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 24. cli: the command line
+# 34. cli: the command line
 # ---------------------------------------------------------------------------------------------
 # Data on stdout, talk on stderr. JSON when stdout is no terminal, or with --json. Exit 0 when it
 # worked, 1 when it failed, 2 when the command was not understood.
