@@ -1459,6 +1459,10 @@ class StreamDecoder(Protocol):
         """An answer that came in one piece."""
         ...
 
+    def resume(self, body: JsonObject) -> JsonObject:
+        """The request that goes on where the model has paused. body: the one that it answered."""
+        ...
+
 
 class StreamEncoder(Protocol):
     """StreamParts -> the bytes of a protocol's event stream."""
@@ -1485,6 +1489,8 @@ class Codec(NamedTuple):
         dull: whether a block holds nothing for `note`. May say no for nothing, never yes.
         note: look at one event, and write down in the StreamState what it means.
         frame: one event, in the form that `strict` asks for; b"" for one that must not travel.
+        mend: an answer or an event of a server that speaks the protocol with an accent, as the
+            SDKs can read it: None if it is well as it is, an empty object if it must not travel.
         parse_request: a caller's request -> Prompt. Raises BadRequest, naming the field.
         render_request: Prompt -> a provider's request; what is lost on the way is added to Losses.
         render_response: an answer for a caller, whole.
@@ -1507,6 +1513,7 @@ class Codec(NamedTuple):
     dull: Callable[[bytes], bool]
     note: Callable[[StreamState, JsonObject], None]
     frame: Callable[[SseEvent], bytes]
+    mend: Callable[[StreamState, JsonObject], JsonObject | None]
     fail_stream: Callable[[BitrouterError, StreamState, bytes], bytes]
     parse_request: Callable[[JsonObject], Prompt]
     render_request: Callable[[Prompt, Traits, Losses], JsonObject]
@@ -1772,6 +1779,10 @@ def named_and_framed(block: bytes) -> bool:
     )
 
 
+def nothing_to_mend(state: StreamState, value: JsonObject) -> None:
+    """For protocols whose servers are not known for an accent."""
+
+
 def words_of(*values: Json) -> frozenset[str]:
     return frozenset(value.lower() for value in values if isinstance(value, str))
 
@@ -1789,6 +1800,10 @@ def type_of(data: bytes) -> str:
 # that protocol keeps its own state; only the vendor who minted it gets it back.
 
 ENVELOPE = "br1."
+
+# What stands for the state of reasoning that came with none: so sealed, it is known as ours when it
+# comes back, and is not shown to a vendor who never signed it.
+UNSIGNED = Opaque("", "none", "")
 _MAX_SEALED_CHARS = 1024 * 1024
 
 
@@ -2451,6 +2466,8 @@ def _chat_dull(block: bytes) -> bool:
         and b"[DONE]" not in block
         and block.count(b'"finish_reason"') == block.count(b'"finish_reason":null')
         and block.count(b'"usage"') == block.count(b'"usage":null')
+        and b'"tool_calls":[' not in block
+        and b'"role"' not in block
     )
 
 
@@ -2472,6 +2489,54 @@ def _chat_note(state: StreamState, chunk: JsonObject) -> None:
             state.started = True
         if dig(choice, "text"):  # the older /v1/completions
             state.started = True
+
+
+def _chat_mend(state: StreamState, chunk: JsonObject) -> JsonObject | None:
+    """wire: some compatible servers repeat role, id or name in each delta, which SDKs add up; leave
+    out a call's index, or give every call the same; say `stop` after calls; or send one more chunk
+    after the usage, which makes SDKs forget it."""
+    changed = False
+    choices = as_list(chunk.get("choices"))
+    for choice in choices:
+        delta = dig(choice, "delta")
+        place = f"choice {whole(dig(choice, 'index'))}"
+        seen = state.memo.setdefault(place, {"role": False, "calls": {}})
+        if isinstance(delta, dict):
+            if seen["role"] and delta.pop("role", None) is not None:
+                changed = True
+            seen["role"] = seen["role"] or "role" in delta
+            for call in as_list(delta.get("tool_calls")):
+                changed = _chat_mend_call(seen["calls"], as_object(call)) or changed
+        called = seen["calls"] or dig(choice, "message", "tool_calls")
+        if called and dig(choice, "finish_reason") == "stop":
+            choice["finish_reason"] = "tool_calls"
+            changed = True
+    if state.memo.get("usage") and not choices and not chunk.get("usage"):
+        return {}
+    state.memo["usage"] = state.memo.get("usage") or (bool(chunk.get("usage")) and not choices)
+    return chunk if changed else None
+
+
+def _chat_mend_call(calls: dict[Json, int], call: JsonObject) -> bool:
+    """Give a call's delta its place. calls: ids, and given indices, of calls so far -> places."""
+    ident, given = call.get("id"), call.get("index")
+    known = ident in calls if isinstance(ident, str) and ident else given in calls
+    if known:
+        place = calls[ident if isinstance(ident, str) and ident else given]
+    elif isinstance(ident, str) and ident:
+        place = len({*calls.values()})
+        calls[ident] = calls[given] = place
+    else:
+        place = max(calls.values(), default=0)
+        calls.setdefault(given, place)
+    changed = given != place
+    call["index"] = place
+    if known and ident:
+        call.pop("id", None)
+        call.pop("type", None)
+        as_object(call.get("function")).pop("name", None)
+        changed = True
+    return changed
 
 
 def _chat_frame(event: SseEvent) -> bytes:
@@ -2754,24 +2819,25 @@ def _chat_named_result(
 
 
 # Opaque state and visible reasoning travel in `reasoning_details`, as OpenRouter spells it, and
-# the reasoning's plain text in `reasoning_content` too.
+# the reasoning's plain text in `reasoning_content` too. What we put there says so in `via`: that
+# is how it is told from what a server of this protocol minted itself.
 # wire: openrouter.ai/docs/use-cases/reasoning-tokens#preserving-reasoning-blocks, read 2026-11
 
 _CHAT_FORMATS = {
     "anthropic": "anthropic-claude-v1", "openai": "openai-responses-v1",
     "google": "google-gemini-v1",
 }  # fmt: skip
-_CHAT_SEALED = "bitrouter-v1"
-_CHAT_VENDORS = {spelt: vendor for vendor, spelt in _CHAT_FORMATS.items()}
 _CHAT_KINDS = {"anthropic": "redacted", "openai": "encrypted", "google": "thought"}
+_CHAT_VIA = "bitrouter:"
+_CHAT_OWN = "chat:"  # how the names of vendors begin that speak Chat Completions itself
 
 
-def _chat_reasoning(message: JsonObject) -> list[Reasoning]:
-    """The reasoning in a message, with its state."""
+def _chat_reasoning(message: JsonObject, vendor: str = "chat:?") -> list[Reasoning]:
+    """The reasoning in a message, with its state. vendor: who minted what is not marked as ours."""
     found: list[Reasoning] = []
     ident = None
     for entry in as_list(message.get("reasoning_details")):
-        one = _chat_detail(as_object(entry))
+        one = _chat_detail(as_object(entry), vendor)
         if one is None:
             continue
         if one.opaque and found and found[-1].opaque is None and ident == entry.get("id"):
@@ -2781,30 +2847,30 @@ def _chat_reasoning(message: JsonObject) -> list[Reasoning]:
         ident = entry.get("id")
     plain = message.get("reasoning_content") or message.get("reasoning")
     if isinstance(plain, str) and plain and not any(one.text for one in found):
-        signed = found[0] if found and found[0].opaque else None
-        if signed and signed.opaque and signed.opaque.kind == "signature":
-            found[0] = Reasoning(plain, signed.opaque)
+        state = found[0].opaque if found else None
+        if state and state.kind.startswith(("signature", "reasoning.text")):
+            found[0] = Reasoning(plain, state)
         else:
             found.insert(0, Reasoning(plain))
     return found
 
 
-def _chat_detail(entry: JsonObject) -> Reasoning | None:
-    spelt = str(entry.get("format") or "")
-    vendor = _CHAT_VENDORS.get(spelt, "")
+def _chat_detail(entry: JsonObject, vendor: str) -> Reasoning | None:
+    kind, via = str(entry.get("type")), str(entry.get("via") or "")
     ident = entry["id"] if isinstance(entry.get("id"), str) else ""
-    match entry.get("type"):
-        case "reasoning.text":
-            text = entry["text"] if isinstance(entry.get("text"), str) else ""
-            opaque = opaque_from(entry.get("signature"), vendor, "signature", ident)
-            return Reasoning(text, opaque) if text or opaque else None
-        case "reasoning.summary":
-            return Reasoning(str(entry.get("summary") or ""))
-        case "reasoning.encrypted":
-            kind = _CHAT_KINDS.get(vendor, "encrypted")
-            opaque = opaque_from(entry.get("data"), vendor, kind, ident)
-            return Reasoning("", opaque) if opaque else None
-    return None
+    text = entry.get("summary" if kind == "reasoning.summary" else "text")
+    text = text if isinstance(text, str) else ""
+    state = entry.get("signature" if kind == "reasoning.text" else "data")
+    if not isinstance(state, str) or not state:
+        return Reasoning(text) if text else None
+    if state.startswith(ENVELOPE):
+        return Reasoning(text, unseal(state))
+    if via.startswith(_CHAT_VIA):
+        vendor = via.removeprefix(_CHAT_VIA)
+        known = _CHAT_KINDS.get(vendor, "")
+        return Reasoning(text, Opaque(vendor, "signature" if text else known, state, id=ident))
+    spelt = f"{kind}|{entry.get('format') or ''}"
+    return Reasoning(text, Opaque(vendor, spelt, state, id=ident))
 
 
 def _chat_details(block: Reasoning, index: int) -> list[JsonObject]:
@@ -2812,19 +2878,26 @@ def _chat_details(block: Reasoning, index: int) -> list[JsonObject]:
     opaque = block.opaque
     if opaque is None:
         return []
-    known = opaque.vendor in _CHAT_FORMATS
-    common: JsonObject = {"format": _CHAT_FORMATS.get(opaque.vendor, _CHAT_SEALED)}
-    if opaque.id:
-        common["id"] = opaque.id
-    if opaque.kind == "signature":
-        signature = opaque.data if known else seal(opaque)
-        entry = {"type": "reasoning.text", "text": block.text, "signature": signature}
-        return [{"index": index, **entry, **common}]
-    bare = known and opaque.kind == _CHAT_KINDS[opaque.vendor]
-    data = opaque.data if bare else seal(opaque)
-    entries = [{"type": "reasoning.encrypted", "data": data, **common}]
+    more: JsonObject = {"id": opaque.id} if opaque.id else {}
+    kind, _, spelt = opaque.kind.partition("|")
+    data = opaque.data
+    if opaque.vendor.startswith(_CHAT_OWN):
+        more |= {"format": spelt} if spelt else {}
+    else:
+        more["via"] = _CHAT_VIA + opaque.vendor
+        more["format"] = _CHAT_FORMATS.get(opaque.vendor, "unknown")
+        signed = kind == "signature" and opaque.vendor == "anthropic"
+        if not signed and kind != _CHAT_KINDS.get(opaque.vendor):
+            data = seal(opaque)
+        kind = "reasoning.text" if signed and block.text else "reasoning.encrypted"
+        if signed and not block.text:
+            data = seal(opaque)
+    if kind == "reasoning.text":
+        entry = {"type": kind, "text": block.text, "signature": data, **more}
+        return [{"index": index, **entry}]
+    entries = [{"type": "reasoning.encrypted", "data": data, **more}]
     if block.text:
-        entries.insert(0, {"type": "reasoning.summary", "summary": block.text, **common})
+        entries.insert(0, {"type": "reasoning.summary", "summary": block.text, **more})
     return [{"index": index + n, **entry} for n, entry in enumerate(entries)]
 
 
@@ -3102,7 +3175,9 @@ def _chat_call(call: ToolCall) -> JsonObject:
     rendered: JsonObject = {"id": call.id, "type": "function", "function": function}
     if call.opaque:
         signature = sealed_for(call.opaque, "google", "thought")
-        rendered["extra_content"] = {"google": {"thought_signature": signature}}
+        google = {"google": {"thought_signature": signature}}
+        own = call.opaque.vendor.startswith(_CHAT_OWN)
+        rendered["extra_content"] = google if own else {**google, "via": _CHAT_VIA + "google"}
     return rendered
 
 
@@ -3277,6 +3352,9 @@ class _ChatDecoder:
     def finish(self) -> list[StreamPart]:
         return [part for index in list(self._open) for part in self._close_all(index)]
 
+    def resume(self, body: JsonObject) -> JsonObject:
+        return body  # no model of this protocol pauses
+
     def whole(self, value: JsonObject) -> list[StreamPart]:
         self.model = str(value.get("model") or "")
         out: list[StreamPart] = []
@@ -3338,14 +3416,10 @@ class _ChatDecoder:
 
     def _detail(self, choice: int, entry: JsonObject, plain: Json) -> Json:
         """Remember an entry's state; its text counts if it came in no plainer way."""
-        one = _chat_detail({**entry, "format": entry.get("format") or ""})
-        if one is None:
-            return plain
-        if one.opaque:
-            vendor = one.opaque.vendor or self._vendor
-            state = one._replace(text="", opaque=one.opaque._replace(vendor=vendor))
-            self._states.setdefault(choice, []).append(state)
-        return plain or one.text
+        one = _chat_detail(entry, self._vendor)
+        if one and one.opaque:
+            self._states.setdefault(choice, []).append(Reasoning("", one.opaque))
+        return plain or (one.text if one else None)
 
     def _call(self, out: list[StreamPart], choice: int, call: JsonObject) -> None:
         """One delta of a call. Some servers leave out the index, repeat it for the next call, or
@@ -3402,10 +3476,7 @@ class _ChatDecoder:
 
 
 def _chat_answer_blocks(message: JsonObject, vendor: str, logprobs: Json) -> Iterator[Block]:
-    for one in _chat_reasoning(message):
-        if one.opaque and not one.opaque.vendor:
-            one = Reasoning(one.text, one.opaque._replace(vendor=vendor))
-        yield one
+    yield from _chat_reasoning(message, vendor)
     content = message.get("content")
     if isinstance(content, list):
         content = "".join(str(dig(p, "text") or "") for p in content)
@@ -3437,24 +3508,28 @@ def _chat_citation(cited: Json) -> Citation | None:
     return Citation(facts["url"], str(facts.get("title") or ""), start, end)
 
 
-def _chat_unseal(body: JsonObject, vendor: str) -> bool:  # noqa: ARG001
-    """Entries of `reasoning_details` say whose they are; only what is sealed is ours to open."""
+def _chat_unseal(body: JsonObject, vendor: str) -> bool:
     changed = False
     for message in as_list(body.get("messages")):
         for call in as_list(dig(message, "tool_calls")):
-            google = dig(call, "extra_content", "google")
-            if google and str(google.get("thought_signature")).startswith(ENVELOPE):
+            if dig(call, "extra_content", "via"):
                 del call["extra_content"]
                 changed = True
         details = dig(message, "reasoning_details")
-        kept = [
-            entry
-            for entry in as_list(details)
-            if not str(dig(entry, "data") or dig(entry, "signature")).startswith(ENVELOPE)
-        ]
-        if isinstance(details, list) and len(kept) < len(details):
-            message["reasoning_details"] = kept
-            changed = True
+        if not isinstance(details, list):
+            continue
+        kept: list[Json] = []
+        for entry in details:
+            one = _chat_detail(as_object(entry), "")
+            ours = dig(entry, "via") or (one and one.opaque and one.opaque.vendor)
+            if not ours:
+                kept.append(entry)
+            elif one and one.opaque and one.opaque.vendor == vendor:
+                kept += _chat_details(one, len(kept))
+        changed = changed or kept != details
+        message["reasoning_details"] = kept
+        if not kept:
+            del message["reasoning_details"]
     return changed
 
 
@@ -3471,6 +3546,7 @@ CHAT = Codec(
     dull=_chat_dull,
     note=_chat_note,
     frame=_chat_frame,
+    mend=_chat_mend,
     fail_stream=_chat_fail_stream,
     parse_request=_chat_parse_request,
     render_request=_chat_render_request,
@@ -4060,8 +4136,9 @@ def _responses_render_block(block: Block, ident: str, status: str = "completed")
         case Reasoning(text, opaque):
             summary = [{"type": "summary_text", "text": text}] if text else []
             item: JsonObject = {"id": f"rs_{ident}", "type": "reasoning", "summary": summary}
-            if opaque:
-                item["encrypted_content"] = sealed_for(opaque, "openai", "encrypted")
+            if status == "completed":
+                state = sealed_for(opaque or UNSIGNED, "openai", "encrypted")
+                item["encrypted_content"] = state
             return item
         case ToolCall():
             kind = "ctc" if block.custom else "fc"
@@ -4282,6 +4359,9 @@ class _ResponsesDecoder:
     def finish(self) -> list[StreamPart]:
         return [Close(self._open.pop(place)) for place in list(self._open)]
 
+    def resume(self, body: JsonObject) -> JsonObject:
+        return body  # no model of this protocol pauses
+
     def whole(self, value: JsonObject) -> list[StreamPart]:
         self.model = str(value.get("model") or "")
         return [*self._items(value), self._finished(value)]
@@ -4441,6 +4521,7 @@ RESPONSES = Codec(
     dull=_responses_dull,
     note=_responses_note,
     frame=_responses_frame,
+    mend=nothing_to_mend,
     fail_stream=_responses_fail_stream,
     parse_request=_responses_parse_request,
     render_request=_responses_render_request,
@@ -5056,7 +5137,6 @@ def _messages_render_media(media: Media) -> JsonObject:
 # An answer, for a caller.
 
 _MESSAGES_FINISHES, _MESSAGES_MEANINGS = finish_words(3)
-_MESSAGES_UNSIGNED = Opaque("", "none", "")  # reasoning that came with no state to keep
 
 
 def _messages_render_response(
@@ -5104,7 +5184,7 @@ def _messages_answer_block(block: Block, losses: Losses) -> JsonObject | None:
 def _messages_sealed(text: str, opaque: Opaque | None) -> JsonObject:
     """Reasoning as a caller keeps it. It is always sealed, or else the vendor's own: a block with
     no signature would be refused when the conversation goes on at Claude itself."""
-    opaque = opaque or _MESSAGES_UNSIGNED
+    opaque = opaque or UNSIGNED
     if text or opaque.kind == "signature":
         signature = sealed_for(opaque, "anthropic", "signature")
         return {"type": "thinking", "thinking": text, "signature": signature}
@@ -5224,7 +5304,7 @@ class _MessagesEncoder:
     def _close(self, opaque: Opaque | None) -> bytes:
         out = b""
         if isinstance(self._block, Reasoning):
-            opaque = opaque or _MESSAGES_UNSIGNED
+            opaque = opaque or UNSIGNED
             if not self._is_open and opaque.kind != "signature":
                 return (
                     self._begin(_messages_sealed("", opaque)) + self._stop() if opaque.data else b""
@@ -5266,9 +5346,11 @@ class _MessagesDecoder:
         self._states: dict[int, Opaque] = {}
         self._late: dict[int, str] = {}  # key -> arguments that came with the block's start
         self._cited: dict[int, int] = {}  # key -> characters of text so far, for citations
+        self._said: list[JsonObject] = []  # the blocks as they are, to go on after a pause
 
     def feed(self, value: JsonObject) -> list[StreamPart]:
         index = whole(value.get("index"))
+        _messages_keep(self._said, value)
         match value.get("type"):
             case "content_block_delta":
                 return self._delta(self._open.get(index), as_object(value.get("delta")))
@@ -5287,10 +5369,16 @@ class _MessagesDecoder:
     def finish(self) -> list[StreamPart]:
         return [part for index in list(self._open) for part in self._stop(index)]
 
+    def resume(self, body: JsonObject) -> JsonObject:
+        said = {"role": "assistant", "content": self._said}
+        self._said = []
+        return {**body, "messages": [*body["messages"], said]}
+
     def whole(self, value: JsonObject) -> list[StreamPart]:
         self.model = str(value.get("model") or "")
         out: list[StreamPart] = []
-        for item in as_list(value.get("content")):
+        self._said = as_list(value.get("content"))
+        for item in self._said:
             block = self._block(as_object(item))
             out += parts_of(block, next(self._keys)) if block is not None else ()
         return [*out, _messages_finished(value)]
@@ -5358,6 +5446,29 @@ class _MessagesDecoder:
         return [Delta(key, late), close] if late else [close]
 
 
+_MESSAGES_KEPT = {
+    "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
+    "input_json_delta": "partial_json",
+}  # fmt: skip
+
+
+def _messages_keep(said: list[JsonObject], event: JsonObject) -> None:
+    """Put the blocks of a stream together again, the provider's own tools included."""
+    kind = event.get("type")
+    if kind == "content_block_start":
+        said.append(dict(as_object(event.get("content_block"))))
+    if not said or kind not in ("content_block_delta", "content_block_stop"):
+        return
+    block, delta = said[-1], as_object(event.get("delta"))
+    if kind == "content_block_stop":
+        partial = block.pop("partial_json", None)
+        block |= {} if partial is None else {"input": object_in(partial) or {}}
+    elif delta.get("type") == "citations_delta":
+        block["citations"] = [*as_list(block.get("citations")), delta.get("citation")]
+    elif name := _MESSAGES_KEPT.get(str(delta.get("type"))):
+        block[name] = str(block.get(name) or "") + str(delta.get(name) or "")
+
+
 def _messages_finished(facts: JsonObject) -> Finished:
     raw = str(facts.get("stop_reason") or "")
     sequence = facts.get("stop_sequence")
@@ -5411,6 +5522,7 @@ MESSAGES = Codec(
     dull=_messages_dull,
     note=_messages_note,
     frame=_messages_frame,
+    mend=nothing_to_mend,
     fail_stream=_messages_fail_stream,
     parse_request=_messages_parse_request,
     render_request=_messages_render_request,
@@ -5634,7 +5746,7 @@ _GEMINI_MODES = {"AUTO": "auto", "NONE": "none", "ANY": "required", "VALIDATED":
 
 
 def _gemini_tool_choice(config: Json) -> ToolChoice | None:
-    mode = _GEMINI_MODES.get(str(dig(config, "mode")).upper())
+    mode = _GEMINI_MODES.get(str(dig(config, "mode") or "").upper())
     if mode is None:
         return None
     names = strings_in(config.get("allowedFunctionNames"), "toolConfig.allowedFunctionNames")
@@ -5660,7 +5772,11 @@ def _gemini_messages(contents: Json) -> list[Message]:
         parts, called = _gemini_content(content, where, waiting, turn)
         for name, ident in called:
             waiting.setdefault(name, []).append(ident)
-        messages.append(Message("assistant" if role == "model" else "user", parts))
+        last = messages[-1] if messages else None
+        if role == "model" and last and last.role == "assistant":
+            messages[-1] = last._replace(content=_gemini_joined([*last.content, *parts]))
+        else:
+            messages.append(Message("assistant" if role == "model" else "user", parts))
     return messages
 
 
@@ -5692,15 +5808,19 @@ def _gemini_content(
             one = _gemini_part(part, here)
             parts += [one] if one else []
             parts += [Reasoning("", state)] if state else []
-    return _gemini_joined(parts), called
+    model = content.get("role") == "model"
+    return _gemini_joined(parts) if model else tuple(parts), called
 
 
 def _gemini_joined(parts: list[Content]) -> tuple[Content, ...]:
-    """Thoughts that were streamed in pieces, as one, with the state that came last."""
+    """Texts and thoughts that were streamed in pieces, as one, with the state that came last. wire:
+    the `chats` of google-genai keep each chunk as a content of its own."""
     joined: list[Content] = []
     for part in parts:
         last = joined[-1] if joined else None
-        if isinstance(part, Reasoning) and isinstance(last, Reasoning) and not last.opaque:
+        if isinstance(part, Text) and isinstance(last, Text):
+            joined[-1] = Text(last.text + part.text)
+        elif isinstance(part, Reasoning) and isinstance(last, Reasoning) and not last.opaque:
             joined[-1] = Reasoning(last.text + part.text, part.opaque)
         else:
             joined.append(part)
@@ -6153,6 +6273,9 @@ class _GeminiDecoder:
     def finish(self) -> list[StreamPart]:
         return [part for choice in list(self._open) for part in self._close(choice)]
 
+    def resume(self, body: JsonObject) -> JsonObject:
+        return body  # no model of this protocol pauses
+
     def whole(self, value: JsonObject) -> list[StreamPart]:
         return [*self.feed(value), *self.finish()]
 
@@ -6295,6 +6418,7 @@ GEMINI = Codec(
     dull=_gemini_dull,
     note=_gemini_note,
     frame=_gemini_frame,
+    mend=nothing_to_mend,
     fail_stream=_gemini_fail_stream,
     parse_request=_gemini_parse_request,
     render_request=_gemini_render_request,
@@ -6794,7 +6918,12 @@ def _with_own_files(prompt: Prompt, traits: Traits) -> Prompt:
     def check(part: Content) -> Content:
         inner = part.content if isinstance(part, ToolResult) else (part,)
         for one in inner:
-            if isinstance(one, Media) and one.file_id and one.vendor != traits.vendor:
+            theirs = (
+                one.vendor == traits.vendor or (one.vendor == "openai" and traits.official)
+                if isinstance(one, Media)
+                else True
+            )
+            if isinstance(one, Media) and one.file_id and not theirs:
                 raise _no_counterpart("file_id", f"a file that only {one.vendor} has")
         return part
 
@@ -7105,36 +7234,34 @@ class Undoing:
         self._count = 0
 
     def feed(self, part: StreamPart) -> list[StreamPart]:
-        if not isinstance(part, Finished) and self._choices.get(part.key) in self._stopped:
+        if isinstance(part, Finished):
+            return [self._finish(part)]
+        if isinstance(part, Open):
+            self._choices[part.key] = part.choice
+        if self._choices[part.key] in self._stopped:
             return []
         match part:
             case Delta():
                 return self._delta(part)
             case Open():
-                return self._open(part)
+                return [self._open(part)]
             case Close():
                 return self._close(part)
-            case Finished():
-                return [self._finish(part)]
         return [part]
 
-    def _open(self, part: Open) -> list[StreamPart]:
+    def _open(self, part: Open) -> Open:
         undo, block = self._undo, part.block
-        if part.choice in self._stopped:
-            self._choices[part.key] = part.choice
-            return []
-        self._choices[part.key] = part.choice
         if isinstance(block, Text):
             self._texts.add(part.key)
             if undo.json_only:
                 self._held[part.key] = []
         if not isinstance(block, ToolCall):
-            return [part]
+            return part
         if undo.answer_tool and block.name == undo.answer_tool:
             self._answers.add(part.key)
             if undo.wrapped:
                 self._held[part.key] = []
-            return [Open(part.key, Text(), part.choice)]
+            return Open(part.key, Text(), part.choice)
         self._called.add(part.choice)
         custom = block.name in undo.custom
         if custom:
@@ -7143,7 +7270,7 @@ class Undoing:
         self._count += 1
         ident = block.id or f"call_{self._seed}{self._count}"
         named = block._replace(id=ident, name=name, namespace=space, custom=custom or block.custom)
-        return [Open(part.key, named, part.choice)]
+        return Open(part.key, named, part.choice)
 
     def _delta(self, part: Delta) -> list[StreamPart]:
         if part.key in self._held:
@@ -7369,8 +7496,15 @@ class StreamRelay:
             return item + self._array_end() if self.over else item
         if self._hide_usage and value and value.get("usage") and not value.get("choices"):
             return b""
-        raw = raw if self._codec.strict(raw) else self._codec.frame(event)
-        return self._without_null_usage(raw) if self._hide_usage else raw
+        out = self._in_form(raw, event, value)
+        return self._without_null_usage(out) if self._hide_usage else out
+
+    def _in_form(self, raw: bytes, event: SseEvent, value: JsonObject | None) -> bytes:
+        """An event as the protocol's own SDKs can read it: as it came, if they can."""
+        mended = self._codec.mend(self.state, value) if value else None
+        if mended is not None:
+            return self._codec.frame(event._replace(data=compact(mended))) if mended else b""
+        return raw if self._codec.strict(raw) else self._codec.frame(event)
 
     def _look(self, raw: bytes) -> tuple[SseEvent | None, JsonObject | None]:
         event = parse_event(raw)
@@ -7415,6 +7549,9 @@ class StreamRelay:
 # stream it looks like a StreamRelay to whoever feeds it.
 
 
+_MAX_PAUSES = 5
+
+
 class ArrayFramer:
     """Events -> the items of one JSON array, for Google's callers who want that."""
 
@@ -7438,6 +7575,7 @@ class Translation:
 
     Attributes:
         state, open, garbled, over: as in StreamRelay.
+        paused: the model wants to be asked to go on.
         losses: what the answer lost, added to what the request did.
     """
 
@@ -7455,9 +7593,11 @@ class Translation:
     ) -> None:
         """explain: makes of a provider's error inside a stream what the caller is told."""
         self.state = StreamState()
-        self.open = self.over = False
+        self.open = self.over = self.paused = False
         self.garbled: UpstreamGarbled | None = None
         self.losses = Losses()
+        self._spent = Usage()  # before the last pause
+        self._pauses_left = _MAX_PAUSES
         self._theirs, self._ours = theirs, ours
         self._prompt, self._label = prompt, label
         self._explain = explain
@@ -7479,21 +7619,28 @@ class Translation:
 
     # A whole answer.
 
-    def whole(self, value: JsonObject) -> JsonObject:
-        """The caller's answer. Raises UpstreamGarbled when the model botched a call."""
-        return self.many([value])
+    def resume(self, body: JsonObject) -> JsonObject:
+        """The request that lets the model go on. body: the one that it paused in."""
+        self._spent = self._usage()
+        self._pauses_left -= 1
+        self.state = StreamState()
+        self._cutter = EventCutter()
+        self.paused = self.over = False
+        return self._decoder.resume(body)
 
-    def many(self, values: list[JsonObject]) -> JsonObject:
-        """One answer of several that were asked for apart: each is a choice of it."""
-        for n, value in enumerate(values):
-            for part in self._parts_of_whole(value, n):
-                for told in self._undoing.feed(part):
-                    self._watch(told)
-                    self._gatherer.add(told)
+    def take_whole(self, value: JsonObject, choice: int = 0) -> None:
+        """Read an answer, or one choice of it. Raises UpstreamGarbled for a botched call."""
+        for part in self._parts_of_whole(value, choice):
+            for told in self._told(part):
+                self._gatherer.add(told)
         if self.garbled:
             raise self.garbled
+
+    def whole(self) -> JsonObject:
+        """The caller's answer, of all that was read."""
+        self.state.usage, self._spent = self._usage(), Usage()
         return self._ours.render_response(
-            self._prompt, self._named(), self.choices(), self._usage(), self.losses
+            self._prompt, self._named(), self.choices(), self.state.usage, self.losses
         )
 
     def _parts_of_whole(self, value: JsonObject, n: int) -> Iterator[StreamPart]:
@@ -7542,7 +7689,7 @@ class Translation:
             out += [self._encode(part) for part in self._parts_of_whole(value, n)]
         if self.garbled:
             raise self.garbled
-        out.append(self._end())
+        out += [] if self.paused else [self._end()]
         return self._release(b"".join(out))
 
     def fail(self, error: BitrouterError) -> bytes:
@@ -7564,7 +7711,7 @@ class Translation:
                 self.state.ended = True
             else:
                 self._event(event.data, out)
-            if self.garbled:
+            if self.garbled or self.paused:
                 self.over = True
             elif self.state.error is not None:
                 self.over = True
@@ -7591,17 +7738,26 @@ class Translation:
         """A part as the caller gets it, after what was done to the request is undone."""
         encoder = self._encode_with()
         out = b""
-        for told in self._undoing.feed(part):
-            self._watch(told)
+        for told in self._told(part):
             self._gatherer.add(told)
-            if not self.garbled:
-                out += encoder.encode(told)
+            out += encoder.encode(told)
         return out
 
-    def _watch(self, part: StreamPart) -> None:
-        if isinstance(part, Delta):
-            self._chars += len(part.text)
-        elif isinstance(part, Finished):
+    def _told(self, part: StreamPart) -> Iterator[StreamPart]:
+        """What the caller shall see of a part."""
+        for told in self._undoing.feed(part):
+            if isinstance(told, Finished):
+                self._finish_seen(told)
+                if self.garbled or self.paused:
+                    return
+            elif isinstance(told, Delta):
+                self._chars += len(told.text)
+            yield told
+
+    def _finish_seen(self, part: Finished) -> None:
+        if part.finish is Finish.PAUSE and self._pauses_left:
+            self.paused = True
+        else:
             self._finished.add(part.choice)
             if part.finish is Finish.MALFORMED:
                 said = f"the model botched a tool call ({printable(part.raw, 60)})"
@@ -7613,7 +7769,7 @@ class Translation:
         out = [self._encode(part) for part in self._decoder.finish()]
         if not self._finished:
             out.append(self._encode(Finished(Finish.STOP)))
-        self.state.usage = self._usage()
+        self.state.usage, self._spent = self._usage(), Usage()
         return b"".join([*out, self._encode_with().end(self.state.usage)])
 
     def _encode_with(self) -> StreamEncoder:
@@ -7628,10 +7784,11 @@ class Translation:
 
     def _usage(self) -> Usage:
         """As reported, or else by the rule that four characters make a token."""
-        if self.state.usage is not None:
-            return self.state.usage
-        self.losses.add("estimated", "usage", harmful=False)
-        return Usage(self._label.input_tokens, -(-self._chars // 4))
+        used = self.state.usage
+        if used is None:
+            self.losses.add("estimated", "usage", harmful=False)
+            used = Usage(self._label.input_tokens, -(-self._chars // 4))
+        return Usage(*map(sum, zip(self._spent, used, strict=True)))
 
     def _release(self, out: bytes) -> bytes:
         """What may go on to the caller: nothing until something of substance has come."""
@@ -8269,7 +8426,6 @@ _OFFICIAL = {
     ApiProtocol.GENERATE_CONTENT: ("google", "vertex"),
 }
 _VENDORS = {
-    ApiProtocol.CHAT_COMPLETIONS: "openai",
     ApiProtocol.RESPONSES: "openai",
     ApiProtocol.MESSAGES: "anthropic",
     ApiProtocol.GENERATE_CONTENT: "google",
@@ -8283,7 +8439,7 @@ def traits_of(provider: str, model: str, protocol: ApiProtocol) -> Traits:
     lab = facts.id.partition("/")[0] if facts else family_of(bare)
     openai = protocol in _OPENAI_SPOKEN and provider in _OFFICIAL[protocol]
     traits = Traits(
-        vendor=lab or _VENDORS[protocol],
+        vendor=f"chat:{provider}" if protocol in _UNSIGNING else lab or _VENDORS[protocol],
         official=provider in _OFFICIAL[protocol],
         max_output=facts.max_output if facts else 0,
         echoes_reasoning=provider in _ECHOES or lab in _ECHOES,
@@ -8298,6 +8454,8 @@ def traits_of(provider: str, model: str, protocol: ApiProtocol) -> Traits:
     return _openai_traits(traits, bare, protocol)
 
 
+# A protocol without opaque state of its own: what its servers mint is nobody else's business.
+_UNSIGNING = (ApiProtocol.CHAT_COMPLETIONS,)
 _OPENAI_SPOKEN = (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.RESPONSES)
 
 
@@ -8339,7 +8497,7 @@ def _gemini_traits(traits: Traits, bare: str) -> Traits:
 def _openai_traits(traits: Traits, bare: str, protocol: ApiProtocol) -> Traits:
     reasons = bool(re.match(_REASONS, bare)) and "chat" not in bare
     efforts = next((levels for start, levels in _OPENAI_EFFORTS if re.match(start, bare)), ())
-    new_name = traits.official or (traits.vendor == "openai" and reasons)
+    new_name = traits.official or reasons
     return traits._replace(
         efforts=efforts if reasons else (),
         sampling=not (reasons and "gpt-oss" not in bare),
@@ -11448,6 +11606,7 @@ class _Outgoing(NamedTuple):
 
     raw: bytes
     translation: Translation | None = None
+    body: JsonObject = {}  # noqa: RUF012  a NamedTuple's default, never changed
     times: int = 1  # how often it is sent, for as many choices
 
 
@@ -11455,17 +11614,24 @@ async def exchange(app: App, call: Call, reply: Reply, target: Target) -> None:
     """Ask a target and answer the caller. Raises UpstreamError while nothing has been answered."""
     if not call.translates(target) or call.op.counts:
         call.losses = Losses()
-        body, content_type = _body_for(app, call, target)
-        raw = _request(call, target, call.op.suffix, call.query, body, content_type)
+        raw_body, content_type = _body_for(app, call, target)
+        raw = _request(call, target, call.op.suffix, call.query, raw_body, content_type)
         await _exchange(app, call, reply, target, _Outgoing(raw))
         return
     outgoing = await _translated(app, call, target)
     if outgoing.times > 1:
         await _fan_out(app, call, reply, target, outgoing)
         return
+    translation = outgoing.translation
+    assert translation is not None  # noqa: S101  it is translated
     await _exchange(app, call, reply, target, outgoing)
-    if outgoing.translation and call.broke is None:
-        _remember(app, call, outgoing.translation)
+    while translation.paused:
+        body = translation.resume(outgoing.body)
+        suffix = GENERATE[target.protocol].suffix
+        outgoing = outgoing._replace(body=body, raw=request_to(call, target, suffix, body))
+        await _exchange(app, call, reply, target, outgoing)
+    if call.broke is None:
+        _remember(app, call, translation)
 
 
 async def _exchange(
@@ -11577,7 +11743,7 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
     return document.encoded(), "application/json"
 
 
-_ENVELOPE_MARKS = (ENVELOPE, base64.b64encode(ENVELOPE.encode())[:5].decode())
+_ENVELOPE_MARKS = (ENVELOPE, base64.b64encode(ENVELOPE.encode())[:5].decode(), '"bitrouter:')
 
 
 def _unsealed_body(app: App, call: Call, target: Target, document: Document) -> bytes:
@@ -11653,7 +11819,7 @@ async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
     if protocol is ApiProtocol.GENERATE_CONTENT and prompt.stream:
         op, query = GEMINI_VERBS["streamGenerateContent"], "alt=sse"
     raw = _request(call, target, op.suffix, query, compact(body), "application/json")
-    return _Outgoing(raw, _translation(app, call, target, undo), count)
+    return _Outgoing(raw, _translation(app, call, target, undo), body, count)
 
 
 _FORMAT_FIELDS = frozenset({"response_format", "text", "output_config"})
@@ -11695,21 +11861,27 @@ def _recalled(app: App, call: Call, prompt: Prompt) -> Prompt:
     for message in prompt.messages:
         kinds = {type(part) for part in message.content}
         if message.role == "assistant" and ToolCall in kinds and Reasoning not in kinds:
-            content: list[Content] = []
-            for part in message.content:
-                if isinstance(part, ToolCall) and part.opaque is None:
-                    known = app.states.get((call.caller, part.id), time.monotonic())
-                    before, state = known or ((), None)
-                    content += before
-                    part = part._replace(opaque=state)
-                content.append(part)
-            message = message._replace(content=tuple(content))
+            message = _with_state(app, call, message)
         if call.no_reasoning:
             kept = tuple(p for p in message.content if not isinstance(p, Reasoning))
             message = message._replace(content=kept)
         if message.content or message.role != "assistant":
             messages.append(message)
     return prompt._replace(messages=tuple(messages))
+
+
+def _with_state(app: App, call: Call, message: Message) -> Message:
+    """Reasoning goes first in a turn, or else right before the call that it led to."""
+    content: list[Content] = []
+    first = True
+    for part in message.content:
+        if isinstance(part, ToolCall) and part.opaque is None:
+            known = app.states.get((call.caller, part.id), time.monotonic())
+            before, state = known or ((), None)
+            content = [*before, *content] if first else [*content, *before]
+            part, first = part._replace(opaque=state), False
+        content.append(part)
+    return message._replace(content=tuple(content))
 
 
 def _remember(app: App, call: Call, translation: Translation) -> None:
@@ -11750,7 +11922,9 @@ async def _fan_out(app: App, call: Call, reply: Reply, target: Target, outgoing:
         reply.begin(200, headers | _stream_headers(call) | _warnings(call, translation), told)
         reply.end()
         return
-    answer = compact(translation.many(values))
+    for n, value in enumerate(values):
+        translation.take_whole(value, n)
+    answer = compact(translation.whole())
     call.book(translation.state.usage)
     reply.send(200, answer, headers | _cost_header(call) | _warnings(call, translation))
 
@@ -11801,11 +11975,16 @@ def _answer(
     value = _read_answer(call, target, body)
     headers = _answer_headers(call, target, head)
     if translation:
-        body = compact(translation.whole(value))
+        translation.take_whole(value)
+        if translation.paused:
+            return
+        body = compact(translation.whole())
         headers |= JSON_HEADERS | _warnings(call, translation)
         call.book(translation.state.usage)
     else:
         call.book(call.codec.usage(value))
+        mended = call.codec.mend(StreamState(), value) if call.op.translates else None
+        body = body if mended is None else compact(mended)
     headers |= _cost_header(call)
     call.first_at = time.monotonic()
     reply.send(head.status, body, headers)
@@ -11932,7 +12111,9 @@ class _StreamSink:
         self._head: ResponseHead | None = None
         self._refused: list[bytes] | None = None  # the body of a response that is no stream
         self._refused_bytes = 0
-        self._open = False
+        self._open = bool(reply.status)  # already, if the model has paused in its answer
+        if self._open:
+            reply.on_flow = connection.follow
 
     def on_head(self, head: ResponseHead) -> None:
         self._head = head
@@ -11966,6 +12147,10 @@ class _StreamSink:
         told, garbled = self._relay.state.error, self._relay.garbled
         if garbled:
             self._fail(garbled)
+        elif self._translation and self._translation.paused:
+            self._reply.on_flow = None
+            self._connection.detach()
+            self.done.set_result(None)
         elif not told:
             self._finish(None) if self._open else self._fail(self._nothing_came())
         elif self._open:  # the caller has had the provider's own words already
@@ -12055,8 +12240,14 @@ class _StreamSink:
             translation = self._as_stream()
         out = translation.whole_as_stream(value)
         self._relay = translation
-        self._begin(out)
-        self._finish(None)
+        if self._open:
+            self._reply.write(out)
+        else:
+            self._begin(out)
+        if translation.paused:
+            self.done.set_result(None)
+        else:
+            self._finish(None)
 
     def _as_stream(self) -> Translation:
         """What makes a stream of an answer in the caller's own protocol."""
@@ -12889,6 +13080,7 @@ def _anthropic_model(one: Listed) -> JsonObject:
         "id": one.id,
         "display_name": one.id,
         "created_at": "2023-11-14T22:13:20Z",
+        "lifecycle": "active",
         "max_input_tokens": extras.get("context_length"),
         "max_tokens": extras.get("max_output_tokens"),
         **extras,
