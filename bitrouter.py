@@ -2492,9 +2492,9 @@ def _chat_note(state: StreamState, chunk: JsonObject) -> None:
 
 
 def _chat_mend(state: StreamState, chunk: JsonObject) -> JsonObject | None:
-    """wire: some compatible servers repeat role, id or name in each delta, which SDKs add up; leave
-    out a call's index, or give every call the same; say `stop` after calls; or send one more chunk
-    after the usage, which makes SDKs forget it."""
+    """wire: some compatible servers leave out the role, or repeat role, id or name in each delta,
+    which SDKs add up; leave out a call's index, or give every call the same; say `stop` after
+    calls; or send one more chunk after the usage, which makes SDKs forget it."""
     changed = False
     choices = as_list(chunk.get("choices"))
     for choice in choices:
@@ -2504,7 +2504,10 @@ def _chat_mend(state: StreamState, chunk: JsonObject) -> JsonObject | None:
         if isinstance(delta, dict):
             if seen["role"] and delta.pop("role", None) is not None:
                 changed = True
-            seen["role"] = seen["role"] or "role" in delta
+            elif not seen["role"] and "role" not in delta:
+                delta["role"] = "assistant"
+                changed = True
+            seen["role"] = True
             for call in as_list(delta.get("tool_calls")):
                 changed = _chat_mend_call(seen["calls"], as_object(call)) or changed
         called = seen["calls"] or dig(choice, "message", "tool_calls")
@@ -5017,7 +5020,7 @@ def _messages_budget(prompt: Prompt, limit: int, losses: Losses) -> JsonObject |
     if budget < _MESSAGES_LEAST_BUDGET:
         losses.add("dropped", "reasoning_effort")
         return None
-    if _messages_forces(prompt) or _messages_lacks_thinking(prompt):
+    if _messages_forces(prompt) or _messages_lacks_thinking(prompt.messages):
         losses.add("thinking_off_for_tools", "reasoning_effort", harmful=False)
         return None
     return {"type": "enabled", "budget_tokens": budget}
@@ -5027,10 +5030,10 @@ def _messages_forces(prompt: Prompt) -> bool:
     return bool(prompt.tool_choice and prompt.tool_choice.mode in ("required", "named"))
 
 
-def _messages_lacks_thinking(prompt: Prompt) -> bool:
+def _messages_lacks_thinking(messages: Iterable[Message]) -> bool:
     """Whether a turn with calls is going on that has no thinking of Claude's in it: with budgeted
     thinking on, Claude refuses to go on with it."""
-    for message in reversed(prompt.messages):
+    for message in reversed(list(messages)):
         if message.role == "user" and not any(isinstance(p, ToolResult) for p in message.content):
             return False
         kinds = [type(part) for part in message.content]
@@ -5158,11 +5161,28 @@ def _messages_render_response(
 
 
 def _messages_blocks(blocks: Iterable[Block]) -> Iterator[Block]:
-    """Blocks, with the state of calls as reasoning before them: tool_use has no place for it."""
+    """Blocks, with the state of calls as reasoning before them: tool_use has no place for it.
+    State after the last words is left out: it is worth nothing there, and clients show what comes
+    last."""
+    waiting: list[Block] = []
     for block in blocks:
+        if _messages_is_bare(block):
+            waiting.append(block)
+            continue
+        yield from waiting
+        waiting = []
         if isinstance(block, ToolCall) and block.opaque:
             yield Reasoning("", block.opaque)
         yield block
+
+
+def _messages_is_bare(block: Block) -> bool:
+    """Whether a block is nothing but the state that Gemini leaves behind a text."""
+    return (
+        isinstance(block, Reasoning)
+        and not block.text
+        and (block.opaque is not None and block.opaque.kind == "thought")
+    )
 
 
 def _messages_answer_block(block: Block, losses: Losses) -> JsonObject | None:
@@ -5236,6 +5256,7 @@ class _MessagesEncoder:
         self._index = -1
         self._block: Block = Text()
         self._is_open = self._opened = False
+        self._waiting: list[Opaque] = []  # state that goes before the next block, if there is one
         self._finished = Finished(Finish.STOP)
 
     def encode(self, part: StreamPart) -> bytes:
@@ -5273,17 +5294,21 @@ class _MessagesEncoder:
         self._block, self._is_open = block, False
         if not isinstance(block, ToolCall):
             return b""
-        out = b""
-        if block.opaque:
-            out = self._begin(_messages_sealed("", block.opaque)) + self._stop()
+        out = (
+            self._begin(_messages_sealed("", block.opaque)) + self._stop() if block.opaque else b""
+        )
         use = {"type": "tool_use", "id": block.id, "name": block.name, "input": {}}
         return out + self._begin(use)
 
     def _begin(self, block: JsonObject) -> bytes:
+        out = b""
+        while self._waiting:
+            state = self._waiting.pop(0)
+            out += self._begin(_messages_sealed("", state)) + self._stop()
         self._index += 1
         self._is_open = True
         start = {"type": "content_block_start", "index": self._index, "content_block": block}
-        return _messages_event(start)
+        return out + _messages_event(start)
 
     def _delta(self, text: str) -> bytes:
         if not text:  # only what Chat Completions calls logprobs
@@ -5305,6 +5330,9 @@ class _MessagesEncoder:
         out = b""
         if isinstance(self._block, Reasoning):
             opaque = opaque or UNSIGNED
+            if not self._is_open and opaque.kind == "thought":
+                self._waiting.append(opaque)
+                return b""
             if not self._is_open and opaque.kind != "signature":
                 return (
                     self._begin(_messages_sealed("", opaque)) + self._stop() if opaque.data else b""
@@ -5488,6 +5516,15 @@ def _messages_citation(cited: Json, end: int) -> Citation | None:
 
 
 def _messages_unseal(body: JsonObject, vendor: str) -> bool:
+    changed = _messages_open(body, vendor)
+    if changed and dig(body, "thinking", "type") == "enabled":
+        messages = [_messages_message(m, here) for here, m in each_object(body["messages"], "m")]
+        if _messages_lacks_thinking(messages):
+            del body["thinking"]
+    return changed
+
+
+def _messages_open(body: JsonObject, vendor: str) -> bool:
     changed = False
     for message in as_list(body.get("messages")):
         content = dig(message, "content")
@@ -5670,7 +5707,8 @@ def _gemini_parse_request(raw: JsonObject) -> Prompt:
         said, _ = _gemini_content(typed(given, dict, "systemInstruction"), "systemInstruction", {})
         messages.insert(0, Message("system", said))
     settings = maybe(body, "generationConfig", dict) or {}
-    extra = the_rest(body, _GEMINI_KNOWN) | the_rest(settings, _GEMINI_SETTINGS)
+    asked = as_object(raw.get("generationConfig", raw.get("generation_config")))
+    extra = _gemini_rest(raw, _GEMINI_KNOWN) | _gemini_rest(asked, _GEMINI_SETTINGS)
     if (modalities := settings.get("responseModalities")) and modalities != ["TEXT"]:
         extra["responseModalities"] = modalities
     return Prompt(
@@ -5687,6 +5725,11 @@ def _gemini_parse_request(raw: JsonObject) -> Prompt:
         metadata=maybe(body, "labels", dict),
         extra=extra,
     )
+
+
+def _gemini_rest(fields: JsonObject, known: frozenset[str]) -> JsonObject:
+    """Fields that have no neutral form, as the caller spelt them."""
+    return {k: v for k, v in fields.items() if v is not None and _gemini_camel(k) not in known}
 
 
 def _gemini_sampling(settings: JsonObject) -> Sampling:
@@ -5764,6 +5807,8 @@ def _gemini_messages(contents: Json) -> list[Message]:
     given = [contents] if isinstance(contents, dict) else contents
     for turn, (where, content) in enumerate(each_object(given, "contents")):
         role = content.get("role") or "user"
+        if not content.get("parts") and role == "user":
+            raise BadRequest(f"{where}.parts: expected a part at least", param=f"{where}.parts")
         if role not in ("user", "model", "function"):
             found = show_json(role)
             raise BadRequest(
@@ -5822,15 +5867,31 @@ def _gemini_joined(parts: list[Content]) -> tuple[Content, ...]:
             joined[-1] = Text(last.text + part.text)
         elif isinstance(part, Reasoning) and isinstance(last, Reasoning) and not last.opaque:
             joined[-1] = Reasoning(last.text + part.text, part.opaque)
+        elif isinstance(part, Reasoning) and part.opaque and part.opaque.vendor != "google":
+            _gemini_put_back(joined, part)
         else:
             joined.append(part)
     return tuple(joined)
+
+
+def _gemini_put_back(content: list[Content], state: Reasoning) -> None:
+    """Put another vendor's reasoning where it was: before the words that led to its call."""
+    at = len(content)
+    while at and isinstance(content[at - 1], Text):
+        at -= 1
+    before = content[at - 1] if at else None
+    if isinstance(before, Reasoning) and not before.opaque:
+        content[at - 1] = Reasoning(before.text + state.text, state.opaque)
+    else:
+        content.insert(at, state)
 
 
 def _gemini_state(signature: Json) -> Opaque | None:
     """A signature as Gemini minted it, or what we sealed into one. wire: base64 of either
     alphabet; google-genai sends back the URL-safe one."""
     if not isinstance(signature, str) or not signature:
+        return None
+    if standard_base64(signature) == _GEMINI_NO_SIGNATURE:
         return None
     with suppress(ValueError):
         raw = from_base64(signature)
@@ -6092,7 +6153,8 @@ def _gemini_render_response(
 ) -> JsonObject:
     candidates = []
     for choice in choices:
-        parts = [part for b in choice.content for part in _gemini_answer_parts(b, losses)]
+        blocks = _gemini_stated(choice.content)
+        parts = [part for b in blocks for part in _gemini_answer_parts(b, losses)]
         candidate = _gemini_candidate(choice.finished.choice, parts or [{"text": ""}])
         candidate |= _gemini_finish(choice.finished)
         texts = [block for block in choice.content if isinstance(block, Text)]
@@ -6100,6 +6162,20 @@ def _gemini_render_response(
         candidate |= _gemini_logprobs([one for text in texts for one in text.logprobs])
         candidates.append(candidate)
     return {"candidates": candidates, **_gemini_head(label), **_gemini_counts(usage)}
+
+
+def _gemini_stated(blocks: tuple[Block, ...]) -> list[Block]:
+    """Blocks with the state of reasoning on the call that follows it, if one does."""
+    stated = list(blocks)
+    for n, block in enumerate(stated):
+        if isinstance(block, Reasoning) and block.opaque:
+            following = enumerate(stated[n + 1 :], n + 1)
+            at = next((k for k, b in following if isinstance(b, ToolCall | Reasoning)), -1)
+            call = stated[at]
+            if at > n and isinstance(call, ToolCall) and not call.opaque:
+                stated[at] = call._replace(opaque=block.opaque)
+                stated[n] = Reasoning(block.text)
+    return [b for b in stated if not isinstance(b, Reasoning) or b.text or b.opaque]
 
 
 def _gemini_head(label: AnswerLabel) -> JsonObject:
@@ -6142,10 +6218,9 @@ def _gemini_answer_parts(block: Block, losses: Losses) -> list[JsonObject]:
             if given is None:
                 losses.add("invalid_arguments", "functionCall.args")
             facts = {"id": block.id, "name": block.name, "args": given or {}}
-            call: JsonObject = {"functionCall": facts}
-            if block.opaque:
-                call["thoughtSignature"] = _gemini_sealed(block.opaque)
-            return [call]
+            # Without one, the conversation could not go on at Gemini itself.
+            signature = _gemini_sealed(block.opaque) if block.opaque else _GEMINI_NO_SIGNATURE
+            return [{"functionCall": facts, "thoughtSignature": signature}]
         case Media():
             return [{"inlineData": {"mimeType": block.mime, "data": block.data}}]
     return [{"text": block.text}]
@@ -6182,6 +6257,7 @@ class _GeminiEncoder:
         self._arguments: dict[int, list[str]] = {}
         self._texts: dict[int, list[str]] = {}  # key -> what a citation points into
         self._cited: dict[int, list[tuple[int, Citation]]] = {}  # choice -> key and citation
+        self._states: dict[int, Opaque] = {}  # choice -> state that waits for a call to stand on
         self._finished: dict[int, Finished] = {}
 
     def encode(self, part: StreamPart) -> bytes:
@@ -6203,7 +6279,10 @@ class _GeminiEncoder:
     def end(self, usage: Usage) -> bytes:
         candidates = []
         for index, finished in sorted(self._finished.items()):
-            candidate = _gemini_candidate(index, [{"text": ""}]) | _gemini_finish(finished)
+            last: JsonObject = {"text": ""}
+            if index in self._states:
+                last["thoughtSignature"] = _gemini_sealed(self._states[index])
+            candidate = _gemini_candidate(index, [last]) | _gemini_finish(finished)
             cited = [("".join(self._texts[k]), c) for k, c in self._cited.get(index, ())]
             candidates.append(candidate | _gemini_grounding(cited))
         return self._event({"candidates": candidates, **self._head, **_gemini_counts(usage)})
@@ -6227,15 +6306,23 @@ class _GeminiEncoder:
     def _close(self, key: int, opaque: Opaque | None) -> bytes:
         block, choice = self._blocks[key]
         if isinstance(block, Reasoning):
-            return (
-                self._chunk(choice, _gemini_answer_parts(Reasoning("", opaque), Losses()))
-                if opaque
-                else b""
-            )
+            return self._keep_state(choice, opaque) if opaque else b""
+        if isinstance(block, ToolCall) and not block.opaque:
+            block = block._replace(opaque=self._states.pop(choice, None))
         if isinstance(block, ToolCall | Media):
             whole_block = with_text(block, "".join(self._arguments[key]))
             return self._chunk(choice, _gemini_answer_parts(whole_block, Losses()))
         return b""
+
+    def _keep_state(self, choice: int, opaque: Opaque) -> bytes:
+        """wire: state stands on the first call after it, as Gemini's own does: clients that drop
+        thoughts keep it there. Only one fits on a call."""
+        before = self._states.get(choice)
+        self._states[choice] = opaque
+        if before is None:
+            return b""
+        thought = {"text": "", "thought": True, "thoughtSignature": _gemini_sealed(before)}
+        return self._chunk(choice, [thought])
 
     def _chunk(self, choice: int, parts: list[JsonObject], more: JsonObject | None = None) -> bytes:
         candidate = {**_gemini_candidate(choice, parts), **(more or {})}
@@ -6397,6 +6484,8 @@ def _gemini_unseal(body: JsonObject, vendor: str) -> bool:
                 state = _gemini_state(signature)
                 if state and state.vendor == vendor:
                     part[name] = state.data
+                elif "functionCall" in part or "function_call" in part:
+                    part[name] = _GEMINI_NO_SIGNATURE
                 else:
                     del part[name]
     return changed
@@ -6774,15 +6863,15 @@ _CARRIED: tuple[tuple[str, bool, str, str], ...] = (
 # fmt: on
 _CARRIED_BY = {protocol: n for n, protocol in enumerate(ApiProtocol)}
 
-# Fields without a neutral form, by what their loss would mean. All others are dropped with a
-# warning.
+# Fields without a neutral form, in small letters, by what their loss would mean. All others are
+# dropped with a warning.
 _ONLY_THERE = {
-    "background", "conversation", "prompt", "cachedContent", "container", "mcp_servers", "audio",
-    "speechConfig", "continuationToken",
+    "background", "conversation", "prompt", "cachedcontent", "container", "mcpservers", "audio",
+    "speechconfig", "continuationtoken",
 }  # fmt: skip
 _OF_NO_MATTER = {
-    "safetySettings", "stream_options", "client_metadata", "diagnostics", "safeguards",
-    "anthropic_beta", "betas", "mediaResolution", "usage", "moderation",
+    "safetysettings", "streamoptions", "clientmetadata", "diagnostics", "safeguards",
+    "anthropicbeta", "betas", "mediaresolution", "usage", "moderation",
 }  # fmt: skip
 
 # How many stop sequences a request may hold. wire: the four references, read 2026-11
@@ -6818,7 +6907,7 @@ def adapt(
     stops = prompt.sampling.stop
     prompt = prompt._replace(sampling=prompt.sampling._replace(stop=stops[:most]))
     wire_names = {wire: own for own, wire in names.items()}
-    went_out = frozenset(names.get(("", name), name) for name in custom)
+    went_out = frozenset(names.get(own, own[1]) for own in custom)
     return prompt, undo._replace(names=wire_names, custom=went_out, stops=stops[most:])
 
 
@@ -6845,15 +6934,16 @@ def _without_lost_fields(prompt: Prompt, protocol: ApiProtocol, losses: Losses) 
 
 def _judge_extra(prompt: Prompt, losses: Losses) -> None:
     for name, value in prompt.extra.items():
-        if name in ("modalities", "responseModalities"):
+        plain = name.replace("_", "").lower()
+        if plain in ("modalities", "responsemodalities"):
             others = {str(one).lower() for one in as_list(value)} - {"text"}
             if "audio" in others:
                 raise _no_counterpart(name, "audio output")
             if others:
                 losses.add("dropped", name)
-        elif name in _ONLY_THERE and value not in (False, [], {}):
+        elif plain in _ONLY_THERE and value not in (False, [], {}):
             raise _no_counterpart(name, f"`{name}`")
-        elif name not in _OF_NO_MATTER:
+        elif plain not in _OF_NO_MATTER:
             losses.add("dropped", printable(name, 64))
 
 
@@ -6935,9 +7025,10 @@ def _with_own_files(prompt: Prompt, traits: Traits) -> Prompt:
 
 def _without_custom_tools(
     prompt: Prompt, traits: Traits, losses: Losses
-) -> tuple[Prompt, frozenset[str]]:
-    """Tools whose input is free text become functions with one string. Returns their names too."""
-    names = frozenset(tool.name for tool in prompt.tools if tool.kind == "custom")
+) -> tuple[Prompt, frozenset[tuple[str, str]]]:
+    """Tools whose input is free text become functions with one string. Returns which did, by
+    namespace and name."""
+    names = frozenset((t.namespace, t.name) for t in prompt.tools if t.kind == "custom")
     if traits.custom_tools:
         return prompt, frozenset()
     if any(tool.format and tool.format.get("type") == "grammar" for tool in prompt.tools):
@@ -7016,13 +7107,14 @@ def _renamed(prompt: Prompt, protocol: ApiProtocol) -> tuple[Prompt, dict[tuple[
     if not names:
         return prompt, names
 
+    by_id: dict[str, str] = {}
+
     def rename(part: Content) -> Content:
         if isinstance(part, ToolCall):
-            return part._replace(
-                name=names.get((part.namespace, part.name), part.name), namespace=""
-            )
+            by_id[part.id] = wire = names.get((part.namespace, part.name), part.name)
+            return part._replace(name=wire, namespace="")
         if isinstance(part, ToolResult):
-            return part._replace(name=names.get(("", part.name), part.name))
+            return part._replace(name=by_id.get(part.call_id, part.name))
         return part
 
     tools = tuple(
