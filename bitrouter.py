@@ -422,9 +422,6 @@ class Document:
         """The document as it came."""
         return self._raw
 
-    def mentions(self, words: Iterable[str]) -> bool:
-        return any(word in self._text for word in words)
-
     def forget_edits(self) -> None:
         self._edits.clear()
         self._added.clear()
@@ -1497,8 +1494,8 @@ class Codec(NamedTuple):
         decoder: reads a provider's answers; takes the vendor whose opaque state they hold.
         encoder: writes a caller's stream.
         names: what a tool may be called.
-        unseal: take our envelopes out of a request to a provider of its own protocol; whether
-            there were any.
+        sealed: whether a request to a provider of its own protocol may hold an envelope of ours.
+        unseal: open what belongs to the vendor and take out the rest; whether there was any.
     """
 
     render_error: Callable[[BitrouterError], JsonObject]
@@ -1521,6 +1518,7 @@ class Codec(NamedTuple):
     decoder: Callable[[str], StreamDecoder]
     encoder: Callable[[Prompt, AnswerLabel], StreamEncoder]
     names: re.Pattern[str]
+    sealed: Callable[[JsonObject], bool]
     unseal: Callable[[JsonObject, str], bool]
 
 
@@ -3511,6 +3509,17 @@ def _chat_citation(cited: Json) -> Citation | None:
     return Citation(facts["url"], str(facts.get("title") or ""), start, end)
 
 
+def _chat_sealed(body: JsonObject) -> bool:
+    for message in as_list(body.get("messages")):
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            continue
+        if "reasoning_details" in message:
+            return True
+        if any("extra_content" in as_object(one) for one in as_list(message.get("tool_calls"))):
+            return True
+    return False
+
+
 def _chat_unseal(body: JsonObject, vendor: str) -> bool:
     changed = False
     for message in as_list(body.get("messages")):
@@ -3557,6 +3566,7 @@ CHAT = Codec(
     decoder=_ChatDecoder,
     encoder=_ChatEncoder,
     names=re.compile(r"[A-Za-z0-9_-]{1,64}"),
+    sealed=_chat_sealed,
     unseal=_chat_unseal,
 )
 
@@ -4492,6 +4502,10 @@ def _responses_citation(cited: Json) -> Citation | None:
     return Citation(facts["url"], str(facts.get("title") or ""), start, end)
 
 
+def _responses_sealed(body: JsonObject) -> bool:
+    return any(dig(item, "type") == "reasoning" for item in as_list(body.get("input")))
+
+
 def _responses_unseal(body: JsonObject, vendor: str) -> bool:
     items, changed = as_list(body.get("input")), False
     kept: list[Json] = []
@@ -4532,6 +4546,7 @@ RESPONSES = Codec(
     decoder=_ResponsesDecoder,
     encoder=_ResponsesEncoder,
     names=re.compile(r"[A-Za-z0-9_-]{1,64}"),
+    sealed=_responses_sealed,
     unseal=_responses_unseal,
 )
 
@@ -5515,6 +5530,16 @@ def _messages_citation(cited: Json, end: int) -> Citation | None:
     return Citation(url, str(dig(cited, "title") or ""), 0, end)
 
 
+def _messages_sealed_in(body: JsonObject) -> bool:
+    for message in as_list(body.get("messages")):
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            continue
+        for block in as_list(message.get("content")):
+            if dig(block, "type") in ("thinking", "redacted_thinking"):
+                return True
+    return False
+
+
 def _messages_unseal(body: JsonObject, vendor: str) -> bool:
     changed = _messages_open(body, vendor)
     if changed and dig(body, "thinking", "type") == "enabled":
@@ -5567,6 +5592,7 @@ MESSAGES = Codec(
     decoder=_MessagesDecoder,
     encoder=_MessagesEncoder,
     names=re.compile(r"[A-Za-z0-9_-]{1,128}"),
+    sealed=_messages_sealed_in,
     unseal=_messages_unseal,
 )
 
@@ -6470,13 +6496,24 @@ def _gemini_citations(grounding: JsonObject, text: str) -> Iterator[Citation]:
                 yield Citation(web["uri"], str(web.get("title") or ""), start, end)
 
 
+def _gemini_sealed_in(body: JsonObject) -> bool:
+    for content in as_list(body.get("contents")):
+        for part in as_list(dig(content, "parts")):
+            if isinstance(part, dict) and not part.keys().isdisjoint(_GEMINI_STATES):
+                return True
+    return False
+
+
+_GEMINI_STATES = ("thoughtSignature", "thought_signature")
+
+
 def _gemini_unseal(body: JsonObject, vendor: str) -> bool:
     changed = False
     for content in as_list(body.get("contents")):
         for part in as_list(dig(content, "parts")):
             if not isinstance(part, dict):
                 continue
-            for name in ("thoughtSignature", "thought_signature"):
+            for name in _GEMINI_STATES:
                 signature = part.get(name)
                 if not isinstance(signature, str) or not signature.startswith(_GEMINI_SEALED):
                     continue
@@ -6515,6 +6552,7 @@ GEMINI = Codec(
     decoder=_GeminiDecoder,
     encoder=_GeminiEncoder,
     names=re.compile(r"[A-Za-z_][A-Za-z0-9_.:-]{0,127}"),
+    sealed=_gemini_sealed_in,
     unseal=_gemini_unseal,
 )
 
@@ -8524,6 +8562,7 @@ _VENDORS = {
 }
 
 
+@functools.lru_cache(maxsize=4096)
 def traits_of(provider: str, model: str, protocol: ApiProtocol) -> Traits:
     """What a model takes at a provider, in a protocol."""
     facts = find_model(model) or find_model(f"{provider}/{model}")
@@ -8598,7 +8637,6 @@ def _openai_traits(traits: Traits, bare: str, protocol: ApiProtocol) -> Traits:
     )
 
 
-@functools.lru_cache(maxsize=1024)
 def may_prefer_responses(model: str) -> bool:
     """Whether it can be that a model is served on the Responses API alone."""
     bare = normal_id(model.rpartition("/")[2])
@@ -9387,7 +9425,7 @@ _TAKES_ANY = "takes any id"
 _KIND_RANK = {"api": 0, "local": 0, "gateway": 1, "plan": 2}
 
 
-@dataclass(eq=False)
+@dataclass(slots=True, eq=False)
 class Target:
     """One place that can serve one model: what an attempt is made at.
 
@@ -9396,7 +9434,7 @@ class Target:
         protocol: what is spoken to it: the caller's own if the provider speaks that.
         base: where the protocol is spoken there.
         others: the provider's bases for the other protocols that it speaks.
-        traits: what the model takes in that protocol.
+        may_need_responses: OpenAI may serve the model on its Responses API alone.
         head: header lines that go with every request to it, the key among them.
         price: per million tokens; all None if it is not known.
         key: what health is kept by.
@@ -9415,8 +9453,9 @@ class Target:
     head: Secret = field(default_factory=lambda: Secret(""))
     auth: str = "native"
     others: Mapping[ApiProtocol, str] = field(default_factory=dict)
+    may_need_responses: bool = False
 
-    @functools.cached_property
+    @property
     def traits(self) -> Traits:
         return traits_of(self.provider, self.model, self.protocol)
 
@@ -9766,6 +9805,7 @@ def at_protocol(target: Target, protocol: ApiProtocol) -> Target:
 
 def with_head(target: Target) -> Target:
     """Fill in the header lines that every request to a target has: host, key and its own."""
+    target.may_need_responses = target.traits.official and may_prefer_responses(target.model)
     auth = target.auth
     headers = {"host": urlsplit(target.base).netloc, **target.headers}
     key = target.secret.reveal()
@@ -11704,35 +11744,38 @@ class _Outgoing(NamedTuple):
 
 async def exchange(app: App, call: Call, reply: Reply, target: Target) -> None:
     """Ask a target and answer the caller. Raises UpstreamError while nothing has been answered."""
-    if not call.translates(target) or call.op.counts:
-        call.losses = Losses()
-        raw_body, content_type = _body_for(app, call, target)
-        raw = _request(call, target, call.op.suffix, call.query, raw_body, content_type)
-        await _exchange(app, call, reply, target, _Outgoing(raw))
-        return
-    outgoing = await _translated(app, call, target)
-    if outgoing.times > 1:
-        await _fan_out(app, call, reply, target, outgoing)
-        return
-    translation = outgoing.translation
-    assert translation is not None  # noqa: S101  it is translated
-    await _exchange(app, call, reply, target, outgoing)
-    while translation.paused:
-        body = translation.resume(outgoing.body)
-        suffix = GENERATE[target.protocol].suffix
-        outgoing = outgoing._replace(body=body, raw=request_to(call, target, suffix, body))
-        await _exchange(app, call, reply, target, outgoing)
-    if call.broke is None:
+    if call.translates(target) and not call.op.counts:
+        outgoing = await _translated(app, call, target)
+        if outgoing.times > 1:
+            await _fan_out(app, call, reply, target, outgoing)
+            return
+    else:
+        outgoing = _untranslated(app, call, target)
+    while True:
+        try:
+            await _send(app, call, reply, target, outgoing)
+        except StaleConnection:  # no byte had come back, so nobody has seen the request
+            await _send(app, call, reply, target, outgoing, fresh=True)
+        translation = outgoing.translation
+        if translation is None or not translation.paused:
+            break
+        outgoing = _resumed(call, target, outgoing, translation)
+    if translation is not None and call.broke is None:
         _remember(app, call, translation)
 
 
-async def _exchange(
-    app: App, call: Call, reply: Reply, target: Target, outgoing: _Outgoing
-) -> None:
-    try:
-        await _send(app, call, reply, target, outgoing)
-    except StaleConnection:  # no byte had come back, so nobody has seen the request
-        await _send(app, call, reply, target, outgoing, fresh=True)
+def _untranslated(app: App, call: Call, target: Target) -> _Outgoing:
+    if call.failed:
+        call.losses = Losses()  # of the target that was asked before
+    body, content_type = _body_for(app, call, target)
+    return _Outgoing(_request(call, target, call.op.suffix, call.query, body, content_type))
+
+
+def _resumed(call: Call, target: Target, sent: _Outgoing, translation: Translation) -> _Outgoing:
+    """The request that lets a model go on that has paused."""
+    body = translation.resume(sent.body)
+    raw = request_to(call, target, GENERATE[target.protocol].suffix, body)
+    return sent._replace(raw=raw, body=body)
 
 
 async def _send(
@@ -11820,9 +11863,11 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
     if document is None:
         body, _ = set_form_field(call.body, call.form_type, "model", target.model)
         return body, call.form_type
-    if call.op.translates and document.mentions(_ENVELOPE_MARKS):
-        return _unsealed_body(app, call, target, document), "application/json"
     document.forget_edits()
+    if call.op.translates and call.codec.sealed(document.value):
+        opened = _unsealed_body(app, call, target, document)
+        if opened:
+            return opened, "application/json"
     named = document.value.get("model")
     wanted = target.model
     if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
@@ -11835,14 +11880,12 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
     return document.encoded(), "application/json"
 
 
-_ENVELOPE_MARKS = (ENVELOPE, base64.b64encode(ENVELOPE.encode())[:5].decode(), '"bitrouter:')
-
-
 def _unsealed_body(app: App, call: Call, target: Target, document: Document) -> bytes:
     """The body of a conversation that has been at another vendor's: what we sealed is opened for
-    whom it belongs to, and withheld from everybody else."""
+    whom it belongs to, and withheld from everybody else. Empty if there was nothing of ours."""
     body = parse_json(document.raw)
-    call.codec.unseal(body, target.traits.vendor)
+    if not call.codec.unseal(body, target.traits.vendor):
+        return b""
     if "model" in body:
         body["model"] = target.model
     call.asked_for_usage = call.hide_usage and target.provider not in app.no_usage_option
@@ -12075,8 +12118,9 @@ def _answer(
         call.book(translation.state.usage)
     else:
         call.book(call.codec.usage(value))
-        mended = call.codec.mend(StreamState(), value) if call.op.translates else None
-        body = body if mended is None else compact(mended)
+        if call.op.translates and b'"tool_calls"' in body:
+            mended = call.codec.mend(StreamState(), value)
+            body = body if mended is None else compact(mended)
     headers |= _cost_header(call)
     call.first_at = time.monotonic()
     reply.send(head.status, body, headers)
@@ -12614,16 +12658,13 @@ def _refuses_usage_option(app: App, call: Call, target: Target, error: UpstreamE
 def _where_it_works(app: App, call: Call, target: Target) -> Target:
     """The target, spoken to in the protocol in which its model does what is asked."""
     other = ApiProtocol.RESPONSES
-    if call.op is not CHAT_OP or other not in target.others or target.protocol is other:
+    if call.op is not CHAT_OP or not (target.may_need_responses or app.refused):
+        return target
+    if other not in target.others or target.protocol is other:
         return target
     learned = _TOOLS_REFUSED in app.refused.get((target.provider, target.model), ())
-    if not learned and not (
-        target.traits.official
-        and may_prefer_responses(target.model)
-        and prefers_responses(target.model, call.prompt)
-    ):
-        return target
-    return at_protocol(target, other)
+    known = target.may_need_responses and prefers_responses(target.model, call.prompt)
+    return at_protocol(target, other) if learned or known else target
 
 
 _TOOLS_REFUSED = "tools with reasoning"
@@ -12925,11 +12966,17 @@ def _call_facts(call: Call) -> dict[str, Any]:
         facts |= {"in": usage.input_tokens, "out": usage.output_tokens}
         facts["cached"] = usage.cached_tokens
         facts["cost_usd"] = call.cost_usd
-    told = [f"{loss.code}:{loss.field}" for loss in call.losses.found]
-    told += ["usage_unknown"] if _usage_is_missing(call) else []
-    facts["warnings"] = ",".join(told) or None
+    facts["warnings"] = _warned_of(call)
     facts["duration_ms"] = round((time.monotonic() - call.started_at) * 1000, 1)
     return facts
+
+
+def _warned_of(call: Call) -> str | None:
+    told = "usage_unknown" if _usage_is_missing(call) else None
+    if not call.losses.found:
+        return told
+    lost = [f"{loss.code}:{loss.field}" for loss in call.losses.found]
+    return ",".join([*lost, told] if told else lost)
 
 
 def _usage_is_missing(call: Call) -> bool:
