@@ -311,10 +311,20 @@ class AllAttemptsFailed(UpstreamError):
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _COLON = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
 _DECODER = json.JSONDecoder()
+_STRICT_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # callers send no NaN
 _COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _ASCII = json.JSONEncoder(separators=(",", ":")).encode
-JSON_TYPES = {dict: "an object", list: "an array", str: "a string", bool: "true or false"}
+JSON_TYPES = {
+    dict: "an object", list: "an array", str: "a string", bool: "true or false",
+    int: "a whole number",
+}  # fmt: skip
 
 
 class Secret:
@@ -361,7 +371,7 @@ class Document:
         try:
             self._raw = raw.removeprefix(b"\xef\xbb\xbf")
             self._text = self._raw.decode()
-            value = _DECODER.decode(self._text)
+            value = _STRICT_DECODER.decode(self._text)
         except UnicodeDecodeError as exc:
             raise BadRequest(f"the body is not UTF-8 (byte {exc.start})") from None
         except RecursionError:
@@ -498,7 +508,7 @@ def maybe(obj: JsonObject, key: str, kind: type[T]) -> T | None:
     value = obj.get(key)
     if value is None:
         return None
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         found = show_json(value)
         raise BadRequest(f"{key}: expected {JSON_TYPES[kind]}, got {found}", param=key)
     return value
@@ -1743,6 +1753,8 @@ def nearest_effort(effort: str, known: tuple[str, ...]) -> str:
     """The level itself, or the next lower one that is known, or else the lowest."""
     if not known or effort in known:
         return effort
+    if effort not in EFFORTS:
+        return ""
     below = [level for level in known if EFFORTS.index(level) < EFFORTS.index(effort)]
     return below[-1] if below else known[0]
 
@@ -2205,7 +2217,7 @@ def _for_claude(one: JsonObject) -> JsonObject:
     new = {key: value for key, value in one.items() if key in _CLAUDE_KEEPS}
     if "oneOf" in one:
         new.setdefault("anyOf", one["oneOf"])
-    if one.get("format") in _CLAUDE_FORMATS:
+    if str(one.get("format")) in _CLAUDE_FORMATS:
         new["format"] = one["format"]
     if one.get("minItems") in (0, 1):
         new["minItems"] = one["minItems"]
@@ -2324,7 +2336,7 @@ def _for_old_gemini(one: JsonObject) -> JsonObject:
     if isinstance(new.get("enum"), list):
         new["enum"] = [one if isinstance(one, str) else json.dumps(one) for one in new["enum"]]
         new |= {"type": "string", "format": "enum"}
-    elif new.get("format") not in _LEGACY_FORMATS:
+    elif str(new.get("format")) not in _LEGACY_FORMATS:
         new.pop("format", None)
     if isinstance(new.get("type"), str):
         new["type"] = new["type"].upper()
@@ -2342,7 +2354,7 @@ def _nullable(one: JsonObject) -> JsonObject:
         others = [choice for choice in choices if str(dig(choice, "type")).lower() != "null"]
         if len(others) < len(choices):
             one = {**{k: v for k, v in one.items() if k != "anyOf"}, "nullable": True}
-            one |= others[0] if len(others) == 1 else {"anyOf": others}
+            one |= as_object(others[0]) if len(others) == 1 else {"anyOf": others}
     return one
 
 
@@ -6056,7 +6068,7 @@ def _gemini_render_thinking(wanted: Thinking, traits: Traits) -> JsonObject:
         config["thinkingBudget"] = max(least, wanted.budget or by_effort.get(wanted.effort, 0))
     elif wanted.effort:
         level = nearest_effort(wanted.effort, traits.efforts)
-        config["thinkingLevel"] = level.upper() if level in EFFORTS else "LOW"
+        config |= {"thinkingLevel": level.upper()} if level in EFFORTS else {}
     return config
 
 
@@ -13787,7 +13799,7 @@ def _route_rows(steps: list[JsonObject], left_out: Iterable[str]) -> list[tuple[
 
 
 def _route_for(router: Router, model: str, protocol: str) -> tuple[Route, Operation]:
-    """Resolve for the protocol asked for, or for the one that most targets speak."""
+    """Resolve for the protocol asked for, or for the one that most targets speak themselves."""
     ops = list(GENERATE.values())
     if protocol:
         ops = [op for op in ops if op.protocol == PROTOCOL_NAMES[protocol]]
@@ -13797,7 +13809,7 @@ def _route_for(router: Router, model: str, protocol: str) -> tuple[Route, Operat
             routes.append((router.resolve(model, op), op))
     if not routes:
         return router.resolve(model, ops[0]), ops[0]
-    return max(routes, key=lambda found: len(found[0].chain))
+    return max(routes, key=lambda r: sum(t.protocol is r[1].protocol for t in r[0].chain))
 
 
 def _step(target: Target, reason: str, op: Operation, explain: bool) -> JsonObject:
@@ -13805,7 +13817,9 @@ def _step(target: Target, reason: str, op: Operation, explain: bool) -> JsonObje
     if target.account:
         step["account"] = target.account
     if explain:
-        step["url"] = target.base + op.suffix.replace("{model}", target.model)
+        step["protocol"] = target.protocol
+        suffix = GENERATE[target.protocol].suffix if op.translates else op.suffix
+        step["url"] = target.base + suffix.replace("{model}", target.model)
         lines = target.head.reveal().split("\r\n")
         step["headers"] = [_redacted(line, target.secret) for line in lines if line]
     return step

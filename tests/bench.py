@@ -54,6 +54,7 @@ MARKER = b"ID=###-#######;"  # replaced by one of the same length in every reque
 START_DEADLINE_S = 20.0
 DRAIN_DEADLINE_S = 15.0
 OPEN_STREAMS = 500
+EVENTS = 2_000  # of each translated stream
 FILLER = (
     "def settle(order, prices):\n    return sum(prices[item] for item in order)  # the total\n"
     'The quick brown fox said "jump" to the lazy dog, and the dog went on sleeping.\n'
@@ -836,6 +837,7 @@ class Report:
     settings: dict[str, object]
     start: Figures = field(default_factory=dict)
     memory: Figures = field(default_factory=dict)
+    translation: Figures = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)
 
@@ -898,7 +900,8 @@ def as_table(report: Report) -> str:
         "",
         *(
             f"{spelled(name):30}{shown(value):>12}"
-            for name, value in (*report.start.items(), *report.memory.items())
+            for group in (report.start, report.memory, report.translation)
+            for name, value in group.items()
         ),
         "",
         *(f"{row[0]:30}{row[1]:>12}{row[2]:>12}{row[3]:>15}{row[4]:>12}".rstrip() for row in rows),
@@ -929,6 +932,60 @@ def measure_start(settings: Settings, upstream: str, core: int | None, report: R
     report.start = {
         "listening_s": middle([one[0] for one in times]),
         "first_200_s": middle([one[1] for one in times]),
+    }
+
+
+def translated_streams(product: Any) -> Iterator[float]:
+    """CPU seconds per event of a stream of text, for each pair of different protocols."""
+    protocols = list(product.ApiProtocol)
+    prompt = product.Prompt("m", (product.Message("user", (product.Text("Hi"),)),), stream=True)
+    label = product.AnswerLabel("0" * 24, 1, "m")
+    words = [product.Delta(0, f"word {n} ") for n in range(EVENTS)]
+    finished = product.Finished(product.Finish.STOP)
+    for theirs, ours in itertools.permutations(protocols, 2):
+        encoder = product.CODECS[theirs].encoder(prompt, label)
+        parts = [product.Open(0, product.Text()), *words, product.Close(0), finished]
+        events = [*map(encoder.encode, parts), encoder.end(product.Usage(1, 1))]
+        translation = product.Translation(
+            product.CODECS[theirs], product.CODECS[ours], prompt, product.Undo(), label, "", repr
+        )
+        started = time.process_time()
+        told = sum(len(translation.feed(event)) for event in events) + len(translation.finish())
+        yield (time.process_time() - started) / EVENTS
+        if not told or not translation.over:
+            raise BenchError(f"the stream from {theirs} to {ours} came to no end")
+
+
+def translated_history(product: Any) -> Iterator[float]:
+    """CPU seconds to read a conversation of 2,000 messages and write it for each protocol."""
+    call = {"id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = [
+        {"role": "user", "content": FILLER},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": FILLER},
+        {"role": "assistant", "content": FILLER},
+    ]
+    body = json.dumps({"model": "m", "messages": turn * 500}).encode()
+    for protocol in product.ApiProtocol:
+        started = time.process_time()
+        traits, losses = product.traits_of("bench", "m", protocol), product.Losses()
+        chat = product.CODECS[product.ApiProtocol.CHAT_COMPLETIONS]
+        prompt = chat.parse_request(product.Document(body).value)
+        adapted, _ = product.adapt(prompt, protocol, traits, losses)
+        product.compact(product.CODECS[protocol].render_request(adapted, traits, losses))
+        yield time.process_time() - started
+
+
+def measure_translation(rounds: int, report: Report) -> None:
+    """Translation alone, in this process: the slowest pair of protocols, the best of the rounds."""
+    sys.path.insert(0, str(BITROUTER.parent))
+    import bitrouter
+
+    streams = min(max(translated_streams(bitrouter)) for _ in range(rounds))
+    history = min(max(translated_history(bitrouter)) for _ in range(rounds))
+    report.translation = {
+        "translated_event_cpu_us": streams * 1e6,
+        "translated_2000_messages_ms": history * 1e3,
     }
 
 
@@ -987,6 +1044,7 @@ def run(settings: Settings) -> Report:
             "pinned_to_cores": proxy_core is not None,
         },
     )
+    measure_translation(settings.rounds, report)
     streams = raise_file_limit()
     with running_mock(mock_core) as mock:
         pin(0, load_core)

@@ -7,10 +7,11 @@ would stumble over; nothing of the product takes part in the reading.
 
 from __future__ import annotations
 
-import base64
+import gzip
 import json
 import re
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from support import (
     Reply,
     chat_chunk,
     named_event,
+    request_bytes,
+    slices,
     stream,
 )
 
@@ -452,9 +455,7 @@ def _hear_responses_stream(answer: Answer) -> Heard:
     events = _named(answer)
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
     assert events[0]["type"] == "response.created"
-    assert {e["response"]["id"] for e in events if "response" in e} == {
-        events[0]["response"]["id"]
-    }
+    assert {e["response"]["id"] for e in events if "response" in e} == {events[0]["response"]["id"]}
     heard, done, added = _hear_response(events[-1]["response"]), [], set()
     deltas, grown = [], ""
     for event in events[:-1]:
@@ -660,12 +661,12 @@ def vendors_at(up: FakeProvider) -> dict[str, str]:
 def hop(provider: Any, gateway: Any) -> Callable[..., Any]:
     @asynccontextmanager
     async def start(
-        pair: str, *replies: Reply, model: str = "up/m", toml: str = ""
+        pair: str, *replies: Reply, model: str = "up/m", **more: Any
     ) -> AsyncIterator[Hop]:
         """model: of the provider `up`, which speaks the second of the pair, or of a vendor."""
         async with provider(*replies) as up:
-            toml += provider_toml(up, pair[1])
-            async with gateway(toml, vendors_at(up)) as gw, gw.caller() as caller:
+            toml = more.pop("toml", "") + provider_toml(up, pair[1])
+            async with gateway(toml, vendors_at(up), **more) as gw, gw.caller() as caller:
                 yield Hop(pair[0], model, up, gw, caller)
 
     return start
@@ -675,10 +676,6 @@ def warned(answer: Answer) -> list[str]:
     """The warnings of an answer: code;field=name."""
     told = answer.headers.get("x-bitrouter-warnings", "")
     return told.split(", ") if told else []
-
-
-def ids(*cases: str) -> list[str]:
-    return [case.replace(" ", "-") for case in cases]
 
 
 # E.2: every pair.
@@ -695,3 +692,342 @@ async def test_a_text_is_heard_as_it_was_said(hop: Any, pair: str, streams: bool
     assert (told.text, told.role) == (SAID, "model" if pair[0] == "G" else "assistant")
     assert told.model == "m" and told.id.startswith(ID_PREFIXES[pair[0]]) and len(told.id) > 5
     assert not told.calls and not told.thought
+
+
+@pytest.mark.parametrize("pair", CROSS)
+async def test_words_travel_as_they_come_e20(hop: Any, pair: str) -> None:
+    said = Said(("Eins ", "zwei ", "drei"))
+    first, *rest = _at_text(events_of(pair[1], said))
+    reply = stream(first, None, *rest, gap_s=0.04)
+    async with hop(pair, reply) as h:
+        h.caller.send(_asking(h))
+        _, headers = await h.caller.head()
+        begun = await h.caller.chunk()
+        at = time.monotonic()
+        rest_of_it = [begun, *[piece async for piece in h.caller._chunks()]]
+        waited_s = time.monotonic() - at
+        told = heard(pair[0], Answer(200, headers, b"".join(rest_of_it)))
+    assert told.deltas == list(said.pieces)
+    assert b"Eins" in begun and b"zwei" not in begun and waited_s > 0.02
+
+
+def _at_text(events: list[bytes]) -> list[bytes]:
+    """A stream in as many pieces as it has events of text, cut behind each."""
+    pieces, piece = [], b""
+    for event in events:
+        piece += event
+        if re.search(rb"Eins|zwei", event):
+            pieces.append(piece)
+            piece = b""
+    return [*pieces, piece]
+
+
+def _asking(h: Hop) -> bytes:
+    path = path_of(h.client, h.model, streams=True)
+    body = request_of(h.client) | ({} if h.client == "G" else {"model": h.model, "stream": True})
+    return request_bytes("POST", path, body)
+
+
+@pytest.mark.parametrize("client", PROTOCOLS)
+async def test_an_unknown_field_travels_verbatim_in_its_own_protocol_e22(
+    hop: Any, client: str
+) -> None:
+    answer = {**answer_of(client, "hi"), "bar": {"b": [1.50]}}
+    async with hop(client * 2, Reply(body=answer)) as h:
+        told = await h.ask({**request_of(client), "foo": {"a": 1}})
+        assert h.sent["foo"] == {"a": 1} and told.json() == answer and not warned(told)
+
+
+@pytest.mark.parametrize("pair", CROSS)
+async def test_an_unknown_field_is_dropped_with_a_warning_e23(hop: Any, pair: str) -> None:
+    async with hop(pair, says(pair[1], "hi")) as h:
+        told = await h.ask({**request_of(pair[0]), "foo": {"a": 1}})
+        assert "foo" not in h.sent and warned(told) == ["dropped;field=foo"]
+
+
+MODELS = ["gpt-x:free", "anthropic/claude-x:nitro", "a@b.c"]
+
+
+@pytest.mark.parametrize("model", MODELS, ids=[f"E25-{model}" for model in MODELS])
+@pytest.mark.parametrize("pair", CROSS)
+async def test_any_model_id_reaches_the_other_protocol(hop: Any, pair: str, model: str) -> None:
+    async with hop(pair, says(pair[1], "hi"), model=f"up/{model}") as h:
+        assert (await h.hear()).text == "hi"
+        [seen] = h.up.seen
+        assert (
+            seen.path == f"/v1beta/models/{model}:generateContent"
+            if pair[1] == "G"
+            else (h.sent["model"] == model)
+        )
+
+
+# E.1: streams as providers send them, on their way to another protocol.
+
+
+def _in_three_lines(raw: bytes) -> bytes:
+    """Each event's JSON over several data lines, as a pretty printer would break it."""
+    return re.sub(rb'data: {("\w+":)', rb"data: {\ndata: \1\ndata: ", raw)
+
+
+def _with_line_ends(raw: bytes, end: bytes) -> bytes:
+    return raw.replace(b"\r\n", b"\n").replace(b"\n", end)
+
+
+CRLF = b"\r\n"
+ODD_WIRES: dict[str, Callable[[bytes], list[bytes]]] = {
+    "E2-CRLF": lambda raw: [_with_line_ends(raw, CRLF)],
+    "E2-CR-apart-from-LF": lambda raw: re.split(rb"(?<=\r)", _with_line_ends(raw, CRLF)),
+    "E3-CR": lambda raw: [_with_line_ends(raw, b"\r")],
+    "E5-three-data-lines": lambda raw: [_in_three_lines(raw)],
+    "E9-BOM": lambda raw: [b"\xef\xbb\xbf" + raw],
+    "E10-no-last-blank-line": lambda raw: [raw.rstrip(CRLF)],
+    "E11-empty-ping": lambda raw: [b"event: ping\ndata:\n\n" + raw],
+    "E2-byte-by-byte": lambda raw: [raw[i : i + 1] for i in range(len(raw))],
+}
+CLIENT_OF = {"C": "M", "R": "C", "M": "G", "G": "R"}  # one that is not of the upstream's kind
+
+
+@pytest.mark.parametrize("case", ODD_WIRES)
+@pytest.mark.parametrize("upstream", PROTOCOLS)
+async def test_an_odd_stream_is_read_all_the_same(hop: Any, upstream: str, case: str) -> None:
+    raw = b"".join(events_of(upstream, SAID, Call("f", '{"a": 1}')))
+    async with hop(CLIENT_OF[upstream] + upstream, stream(*ODD_WIRES[case](raw))) as h:
+        told = await h.hear(streams=True)
+    assert told.text == SAID and [json.loads(c.arguments) for c in told.calls] == [{"a": 1}]
+
+
+SEPARATORS = {"E8-U+2028": "\u2028", "E8-U+0085": "\x85", "E8-VT": "\v", "E8-FF": "\f"}
+
+
+@pytest.mark.parametrize("mark", SEPARATORS.values(), ids=SEPARATORS)
+@pytest.mark.parametrize("upstream", PROTOCOLS)
+async def test_a_line_ends_where_sse_says(hop: Any, upstream: str, mark: str) -> None:
+    raw = b"".join(events_of(upstream, Said(("a|b", "c|d")))).replace(b"|", mark.encode())
+    async with hop(CLIENT_OF[upstream] + upstream, stream(raw)) as h:
+        assert (await h.hear(streams=True)).text == f"a{mark}bc{mark}d"
+
+
+@pytest.mark.parametrize("upstream", PROTOCOLS)
+async def test_an_event_of_8_mb_is_translated_e7(hop: Any, upstream: str) -> None:
+    large = "x" * 2**23
+    raw = b"".join(events_of(upstream, Said((large,))))
+    async with hop(CLIENT_OF[upstream] + upstream, stream(*slices(raw, 99_991))) as h:
+        assert (await h.hear(streams=True)).text == large
+
+
+@pytest.mark.parametrize("upstream", PROTOCOLS)
+async def test_an_error_object_instead_of_a_stream_has_its_status_e14(
+    hop: Any, upstream: str
+) -> None:
+    error = {"message": "slow down", "type": "rate_limit_error", "code": 429, "status": "X"}
+    error |= {"status": "RESOURCE_EXHAUSTED"} if upstream == "G" else {}
+    async with hop(CLIENT_OF[upstream] + upstream, Reply(body={"error": error})) as h:
+        answer = await h.ask(streams=True)
+    assert answer.status == 429 and "slow down" in answer.json()["error"]["message"]
+    assert answer.headers["content-type"].startswith("application/json")
+
+
+HEADS: dict[str, dict[str, str]] = {
+    "E15-charset": {"content-type": "text/event-stream; charset=utf-8"},
+    "E15-no-type": {"content-type": ""},
+    "E15-gzip": {"content-encoding": "gzip"},
+    "E15-deflate": {"content-encoding": "deflate"},
+}
+PACKED = {"gzip": gzip.compress, "deflate": zlib.compress}
+
+
+@pytest.mark.parametrize("headers", HEADS.values(), ids=HEADS)
+async def test_a_stream_may_come_in_other_wrappings(hop: Any, headers: dict[str, str]) -> None:
+    raw = b"".join(events_of("M", "hi"))
+    pack = PACKED.get(headers.get("content-encoding", ""), bytes)
+    async with hop("CM", stream(pack(raw), headers=headers)) as h:
+        assert (await h.hear(streams=True)).text == "hi"
+        assert h.up.seen[0].headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("pair", CROSS)
+async def test_what_is_not_json_ends_a_stream_in_an_error_e16(hop: Any, pair: str) -> None:
+    begun = events_of(pair[1], Said(("Eins ", "zwei ")))[:-3] or events_of(pair[1], "Eins ")[:1]
+    begun = begun if pair[1] != "G" else [gemini_event(answer_of("G", "Eins ") | {"x": 1})]
+    async with hop(pair, stream(*begun, b"data: oops\n\n")) as h:
+        answer = await h.ask(streams=True)
+    assert b"Eins" in answer.body and "upstream_bad_json" in str(last_error(pair[0], answer))
+
+
+def last_error(client: str, answer: Answer) -> dict[str, Any]:
+    """The error that ends a stream, in the client protocol's own form, and nothing behind it."""
+    last = answer.events()[-1]
+    match client:
+        case "R":
+            assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
+            error = last["response"]["error"]
+        case "M":
+            assert last["type"] == "error" and answer.body.rfind(b"event: error\n") > 0
+            error = last["error"]
+        case "G":
+            assert list(last)[0] == "error" and isinstance(last["error"]["code"], int)
+            error = last["error"]
+        case _:
+            assert last["error"].keys() >= {"message", "type", "param", "code"}
+            error = last["error"]
+    assert error["message"]
+    return dict(error)
+
+
+# E.3: callers of Chat Completions.
+
+TWO_CALLS = (Call("f", '{"a": 1}', "toolu_1"), Call("g", '{"b": [2]}', "toolu_2"))
+NO_ID = Call("f", "{}", "")
+
+
+async def test_two_calls_are_told_apart_e27(hop: Any) -> None:
+    async with hop("CM", says("M", "Well.", *TWO_CALLS, streams=True)) as h:
+        told = await h.hear(streams=True)
+    assert [(c.id, c.name, json.loads(c.arguments)) for c in told.calls] == [
+        ("toolu_1", "f", {"a": 1}),
+        ("toolu_2", "g", {"b": [2]}),
+    ]
+    assert (told.text, told.finish) == ("Well.", "tool_calls")
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["E29-whole", "E29-stream"])
+async def test_calls_without_ids_get_some(hop: Any, streams: bool) -> None:
+    async with hop("CG", says("G", NO_ID, NO_ID, streams=streams)) as h:
+        first = await h.hear(streams=streams)
+        made = [call.id for call in first.calls]
+        assert len(set(made)) == 2 and all(re.fullmatch(r"[\w-]{1,64}", one) for one in made)
+        for _ in range(2):
+            await h.ask(chat_after(first.calls, "4"))
+        assert h.up.seen[1].body == h.up.seen[2].body
+        assert str(h.sent).count("functionResponse'") == 2
+
+
+def chat_after(calls: list[Call], result: Any, **more: Any) -> dict[str, Any]:
+    """A Chat Completions conversation in which calls were answered."""
+    said = {"role": "assistant", "content": None, "tool_calls": [_chat_call(c) for c in calls]}
+    told = [{"role": "tool", "tool_call_id": call.id, "content": result} for call in calls]
+    return {"messages": [{"role": "user", "content": "hi"}, said, *told], **more}
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["E30-whole", "E30-stream"])
+@pytest.mark.parametrize("args", [{"args": {}}, {}], ids=["empty", "missing"])
+async def test_a_call_without_arguments_has_an_object(
+    hop: Any, streams: bool, args: dict[str, Any]
+) -> None:
+    answer = answer_of("G", "x")
+    answer["candidates"][0]["content"]["parts"] = [{"functionCall": {"name": "f", **args}}]
+    reply = stream(gemini_event(answer)) if streams else Reply(body=answer)
+    async with hop("CG", reply) as h:
+        assert [c.arguments for c in (await h.hear(streams=streams)).calls] == ["{}"]
+
+
+async def test_usage_is_told_last_and_null_before_e32(hop: Any) -> None:
+    wanted = request_of("C", stream_options={"include_usage": True})
+    async with hop("CM", says("M", "hi", streams=True)) as h:
+        *chunks, usage, done = (await h.ask(wanted, streams=True)).events()
+    assert (usage["choices"], usage["usage"]["total_tokens"], done) == ([], 18, "[DONE]")
+    assert all(chunk["usage"] is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("options", [{}, {"stream_options": {"include_usage": False}}])
+@pytest.mark.parametrize("pair", ["CR", "CM", "CG"])
+async def test_usage_is_metered_but_told_to_nobody_who_did_not_ask_e33(
+    hop: Any, pair: str, options: Any
+) -> None:
+    async with hop(pair, says(pair[1], "hi", streams=True)) as h:
+        answer = await h.ask(request_of("C", **options), streams=True)
+        assert b'"usage"' not in answer.body
+        [line] = h.gateway.lines()
+        assert (line["in"], line["out"]) == USED
+
+
+def _delta(**delta: Any) -> bytes:
+    return chat_chunk(delta)
+
+
+def _call_delta(**call: Any) -> bytes:
+    return _delta(tool_calls=[call])
+
+
+_USAGE_CHUNK = chat_chunk(None, usage=CHAT_USED)
+_ENDS = (chat_chunk({}, finish="tool_calls"), _USAGE_CHUNK, DONE)
+_ROLE = _delta(role="assistant", content="")
+_F = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+_G = {"type": "function", "function": {"name": "g", "arguments": "[]"}}
+ACCENTS: dict[str, tuple[bytes, ...]] = {
+    "E34-chunk-after-usage": (
+        _ROLE,
+        _call_delta(index=0, id="a", **_F),
+        _call_delta(index=1, id="b", **_G),
+        *_ENDS[:2],
+        chat_chunk(None),
+        DONE,
+    ),
+    "E35-all-repeated": (
+        _delta(
+            role="assistant",
+            tool_calls=[
+                {"index": 0, "id": "a", **_F | {"function": {"name": "f", "arguments": "{"}}}
+            ],
+        ),
+        _delta(
+            role="assistant",
+            tool_calls=[
+                {"index": 0, "id": "a", **_F | {"function": {"name": "f", "arguments": "}"}}}
+            ],
+        ),
+        _delta(role="assistant", tool_calls=[{"index": 1, "id": "b", **_G}]),
+        *_ENDS,
+    ),
+    "E36-no-index": (_ROLE, _call_delta(id="a", **_F), _call_delta(id="b", **_G), *_ENDS),
+    "E37-one-index-for-all": (
+        _ROLE,
+        _call_delta(index=0, id="a", **_F),
+        _call_delta(index=0, id="b", **_G),
+        *_ENDS,
+    ),
+    "E38-stop-after-calls": (
+        _ROLE,
+        _call_delta(index=0, id="a", **_F),
+        _call_delta(index=1, id="b", **_G),
+        chat_chunk({}, finish="stop"),
+        *_ENDS[1:],
+    ),
+}
+
+
+CALLED_FINISH = {"C": "tool_calls", "R": "completed", "M": "tool_use", "G": "STOP"}
+
+
+@pytest.mark.parametrize("case", ACCENTS)
+@pytest.mark.parametrize("client", PROTOCOLS)
+async def test_a_compatible_server_s_accent_is_mended(hop: Any, client: str, case: str) -> None:
+    body = request_of(client)
+    body |= {"stream_options": {"include_usage": True}} if client == "C" else {}
+    async with hop(client + "C", stream(*ACCENTS[case])) as h:
+        told = await h.hear(body, streams=True)
+    assert [(c.id, c.name) for c in told.calls] == [("a", "f"), ("b", "g")]
+    assert (told.role or "assistant") in ("assistant", "model") and told.used == USED
+    assert told.finish == CALLED_FINISH[client]
+
+
+async def test_stop_after_calls_is_mended_in_a_whole_answer_e38(hop: Any) -> None:
+    async with hop("CC", says("C", Call("f"), finish="stop")) as h:
+        assert (await h.hear()).finish == "tool_calls"
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["E39-whole", "E39-stream"])
+@pytest.mark.parametrize("upstream", ["R", "M"])
+async def test_two_choices_are_asked_for_one_by_one(hop: Any, upstream: str, streams: bool) -> None:
+    wanted = request_of("C", n=2, stream_options={"include_usage": True})
+    wanted |= {} if streams else {"stream_options": None}
+    async with hop("C" + upstream, says(upstream, "hi")) as h:
+        answer = await h.ask(wanted, streams=streams)
+        assert len(h.up.seen) == 2 and "n" not in h.sent
+    chunks = [one for one in answer.events() if one != "[DONE]"] if streams else [answer.json()]
+    indices = [c["index"] for chunk in chunks for c in chunk["choices"]]
+    assert list(dict.fromkeys(indices)) == [0, 1]
+    assert chunks[-1]["usage"] | CHAT_USED | {"total_tokens": 36} == chunks[-1]["usage"] | {
+        "prompt_tokens": 11,
+        "completion_tokens": 7,
+    }
