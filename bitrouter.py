@@ -79,6 +79,7 @@ import sys
 import time
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     import argparse
     import http.client
     import ssl
+    from concurrent.futures import Executor
 
 __version__ = "0.1.0"
 
@@ -317,7 +319,7 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is no JSON")
 
 
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)  # some servers leave control characters as they are
 _STRICT_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # callers send no NaN
 _COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 _ASCII = json.JSONEncoder(separators=(",", ":")).encode
@@ -1450,9 +1452,11 @@ class StreamDecoder(Protocol):
 
     Attributes:
         model: what the provider calls the model that answers; "" until it says.
+        lost: kinds of content that have no neutral form and were passed over.
     """
 
     model: str
+    lost: set[str]
 
     def feed(self, value: JsonObject) -> list[StreamPart]:
         """One event's JSON."""
@@ -1568,11 +1572,13 @@ def parts_of(block: Block, key: int, choice: int = 0) -> Iterator[StreamPart]:
 class Gatherer:
     """StreamParts -> Choices."""
 
-    __slots__ = ("_blocks", "_finished", "_grown")
+    __slots__ = ("_blocks", "_cited", "_finished", "_grown", "_logprobs")
 
     def __init__(self) -> None:
         self._blocks: dict[int, tuple[int, Block]] = {}
         self._grown: dict[int, list[str]] = {}
+        self._cited: dict[int, list[Citation]] = {}
+        self._logprobs: dict[int, list[JsonObject]] = {}
         self._finished: dict[int, Finished] = {}
 
     def add(self, part: StreamPart) -> None:
@@ -1580,15 +1586,16 @@ class Gatherer:
             case Delta(key, text, logprobs):
                 self._grown[key].append(text)
                 if logprobs:
-                    self._change(key, logprobs=self._block(key, Text).logprobs + logprobs)
+                    self._logprobs.setdefault(key, []).extend(logprobs)
             case Open(key, block, choice):
                 self._blocks[key] = (choice, block)
                 self._grown[key] = []
             case Cite(key, citation):
-                self._change(key, citations=(*self._block(key, Text).citations, citation))
+                self._cited.setdefault(key, []).append(citation)
             case Close(key, opaque):
-                if opaque:
-                    self._change(key, opaque=opaque)
+                choice, block = self._blocks[key]
+                if opaque and isinstance(block, Reasoning):
+                    self._blocks[key] = (choice, block._replace(opaque=opaque))
             case Finished():
                 self._finished.setdefault(part.choice, part)
 
@@ -1596,21 +1603,15 @@ class Gatherer:
         """What has come so far; never empty."""
         contents: dict[int, list[Block]] = {index: [] for index in self._finished or (0,)}
         for key, (choice, block) in self._blocks.items():
-            whole = with_text(block, "".join(self._grown[key]))
-            contents.setdefault(choice, []).append(whole)
+            block = with_text(block, "".join(self._grown[key]))
+            if isinstance(block, Text):
+                cited, logprobs = self._cited.get(key, ()), self._logprobs.get(key, ())
+                block = block._replace(citations=tuple(cited), logprobs=tuple(logprobs))
+            contents.setdefault(choice, []).append(block)
         return [
             Choice(tuple(blocks), self._finished.get(index, Finished(Finish.STOP, index)))
             for index, blocks in sorted(contents.items())
         ]
-
-    def _block(self, key: int, kind: type[T]) -> T:
-        block = self._blocks[key][1]
-        assert isinstance(block, kind)  # noqa: S101  decoders cite and weigh texts alone
-        return block
-
-    def _change(self, key: int, **changes: Any) -> None:
-        choice, block = self._blocks[key]
-        self._blocks[key] = (choice, block._replace(**changes))
 
 
 class InOrder:
@@ -1915,8 +1916,10 @@ def media_at(kind: str, url: Json, where: str, **more: Any) -> Media:
 
 
 def mime_of_path(url: str) -> str:
-    suffix = urlsplit(url).path.rpartition(".")[2].lower() if "://" in url else ""
-    return MIME_BY_SUFFIX.get(suffix, "")
+    with suppress(ValueError):  # what is no URL has no suffix either
+        suffix = urlsplit(url).path.rpartition(".")[2].lower() if "://" in url else ""
+        return MIME_BY_SUFFIX.get(suffix, "")
+    return ""
 
 
 def data_url(media: Media) -> str:
@@ -2007,6 +2010,21 @@ def object_in(text: str) -> JsonObject | None:
     return None
 
 
+def without_cut_call(choice: Choice, losses: Losses) -> Choice:
+    """A choice without the call in whose middle the tokens ran out: to protocols whose arguments
+    are objects it would look whole."""
+    if choice.finished.finish is not Finish.LENGTH:
+        return choice
+    whole_blocks = tuple(
+        b
+        for b in choice.content
+        if not isinstance(b, ToolCall) or object_in(b.arguments) is not None
+    )
+    if len(whole_blocks) < len(choice.content):
+        losses.add("dropped", "tool_call", harmful=False)
+    return choice._replace(content=whole_blocks)
+
+
 def joined_text(content: Iterable[Content], between: str = "\n\n") -> str:
     return between.join(part.text for part in content if isinstance(part, Text))
 
@@ -2032,6 +2050,24 @@ def _size_of_part(part: Content) -> int:
     return 0
 
 
+def weight_of(content: Iterable[Content]) -> int:
+    """Characters that content holds in memory, media and state included."""
+    weight = 0
+    for part in content:
+        match part:
+            case ToolResult():
+                weight += weight_of(part.content)
+            case Media():
+                weight += len(part.data) + len(part.url)
+            case Native():
+                weight += len(str(part.value))
+            case _:
+                weight += len(text_of(part))
+        opaque = part.opaque if isinstance(part, Reasoning | ToolCall) else None
+        weight += len(opaque.data) if opaque else 0
+    return weight
+
+
 def turns(messages: Iterable[Message]) -> list[Message]:
     """Messages of one role in a row as one, the results of tools first in it."""
     merged: list[Message] = []
@@ -2053,6 +2089,25 @@ def _results_first(content: list[Content]) -> tuple[Content, ...]:
     if not results:
         return tuple(content)
     return (*results, *(part for part in content if not isinstance(part, ToolResult)))
+
+
+def with_named_results(messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Messages in which each result has the name of its tool. Raises BadRequest for a result that
+    no call before it asked for."""
+    names: dict[str, str] = {}
+    done: list[Message] = []
+    for message in messages:
+        content = list(message.content)
+        for n, part in enumerate(content):
+            if isinstance(part, ToolCall):
+                names[part.id] = part.name
+            elif isinstance(part, ToolResult) and part.call_id not in names:
+                found = show_json(part.call_id)
+                raise BadRequest(f"input: no call before has the id {found}", param="call_id")
+            elif isinstance(part, ToolResult) and not part.name:
+                content[n] = part._replace(name=names[part.call_id])
+        done.append(message._replace(content=tuple(content)))
+    return tuple(done)
 
 
 # How a hosted web search is asked for, where it is.
@@ -2178,6 +2233,19 @@ def strict_for_openai(schema: Json) -> JsonObject | None:
     new = mapped(schema, close)
     root_is_object = dig(new, "type") == "object" and "anyOf" not in new
     return new if allowed and root_is_object else None
+
+
+def openai_schema(
+    schema: JsonObject, strict: bool | None, losses: Losses, where: str
+) -> tuple[JsonObject, bool | None]:
+    """A schema and whether it is strict, as OpenAI takes them: strict only if it can be."""
+    if not strict:
+        return schema, strict
+    fitting = strict_for_openai(schema)
+    if fitting is None:
+        losses.add("strict_schema_unsupported", where)
+        return schema, False
+    return fitting, True
 
 
 # Anthropic's subset: what it lacks is said in words.
@@ -2478,6 +2546,7 @@ def _chat_dull(block: bytes) -> bool:
         and block.count(b'"usage"') == block.count(b'"usage":null')
         and b'"tool_calls":[' not in block
         and b'"role"' not in block
+        and b'"choices":[]' not in block
     )
 
 
@@ -2533,6 +2602,7 @@ def _chat_mend(state: StreamState, chunk: JsonObject) -> JsonObject | None:
 def _chat_mend_call(calls: dict[Json, int], call: JsonObject) -> bool:
     """Give a call's delta its place. calls: ids, and given indices, of calls so far -> places."""
     ident, given = call.get("id"), call.get("index")
+    given = given if isinstance(given, int) else None
     known = ident in calls if isinstance(ident, str) and ident else given in calls
     if known:
         place = calls[ident if isinstance(ident, str) and ident else given]
@@ -2568,6 +2638,7 @@ _CHAT_KNOWN = frozenset({
     "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
     "functions", "function_call", "response_format", "verbosity", "reasoning_effort", "reasoning",
     "service_tier", "user", "safety_identifier", "prompt_cache_key", "metadata", "store",
+    "web_search_options",
 })  # fmt: skip
 
 
@@ -2632,6 +2703,8 @@ def _chat_thinking(body: JsonObject) -> Thinking:
 
 def _chat_tools(body: JsonObject) -> tuple[Tool, ...]:
     tools = [_chat_tool(tool, here) for here, tool in each_object(body.get("tools"), "tools")]
+    if body.get("web_search_options") is not None:
+        tools.append(Tool(WEB_SEARCH, kind="hosted"))
     legacy = each_object(body.get("functions"), "functions")
     return (*tools, *(_chat_function(function, here) for here, function in legacy))
 
@@ -2731,7 +2804,8 @@ def _chat_content(content: Json, where: str) -> tuple[Content, ...]:
 
 
 def _chat_part(part: JsonObject, where: str) -> Content | None:
-    cache = "5m" if part.get("cache_control") or part.get("prompt_cache_breakpoint") else ""
+    mark = part.get("cache_control") or part.get("prompt_cache_breakpoint")
+    cache = str(dig(mark, "ttl") or "5m") if mark else ""
     match part.get("type"):
         case "text":
             return Text(typed(part.get("text"), str, f"{where}.text"), cache=cache)
@@ -2772,7 +2846,7 @@ def _chat_file(file: JsonObject, where: str, cache: str) -> Media:
     return media_at("document", data, f"{where}.file_data", name=name, cache=cache)
 
 
-def _chat_calls(message: JsonObject, where: str) -> Iterator[ToolCall]:
+def _chat_calls(message: JsonObject, where: str, vendor: str = "chat:?") -> Iterator[ToolCall]:
     for here, call in each_object(message.get("tool_calls"), f"{where}.tool_calls"):
         custom = call.get("type") == "custom"
         facts = typed(call.get("custom" if custom else "function"), dict, f"{here}.function")
@@ -2782,7 +2856,7 @@ def _chat_calls(message: JsonObject, where: str) -> Iterator[ToolCall]:
             name=typed(facts.get("name"), str, f"{here}.name"),
             arguments=text if isinstance(text, str) else json.dumps(text or {}),
             custom=custom,
-            opaque=_chat_google_state(call),
+            opaque=_chat_google_state(call, vendor),
         )
     legacy = message.get("function_call")
     if isinstance(legacy, dict):
@@ -2790,10 +2864,15 @@ def _chat_calls(message: JsonObject, where: str) -> Iterator[ToolCall]:
         yield ToolCall(f"name:{name}", name, str(legacy.get("arguments") or ""))
 
 
-def _chat_google_state(call: JsonObject) -> Opaque | None:
-    # wire: ai.google.dev/gemini-api/docs/openai: Google's own place for it, read 2026-11
+def _chat_google_state(call: JsonObject, vendor: str) -> Opaque | None:
+    """vendor: who minted it, unless it is marked as having come by way of us.
+
+    wire: ai.google.dev/gemini-api/docs/openai: Google's own place for it, read 2026-11
+    """
     signature = dig(call, "extra_content", "google", "thought_signature")
-    return opaque_from(signature, "google", "thought")
+    via = str(dig(call, "extra_content", "via") or "")
+    vendor = via.removeprefix(_CHAT_VIA) if via.startswith(_CHAT_VIA) else vendor
+    return opaque_from(signature, vendor, "thought")
 
 
 def _chat_named_results(messages: list[Message]) -> tuple[Message, ...]:
@@ -2919,7 +2998,7 @@ def _chat_details(block: Reasoning, index: int) -> list[JsonObject]:
 
 def _chat_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> JsonObject:
     same = prompt.source is ApiProtocol.CHAT_COMPLETIONS
-    sampling, tools = prompt.sampling, [_chat_render_tool(tool) for tool in prompt.tools]
+    sampling, tools = prompt.sampling, [_chat_render_tool(tool, losses) for tool in prompt.tools]
     effort = prompt.thinking.effort
     body = {
         "model": prompt.model,
@@ -2953,7 +3032,7 @@ def _chat_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> Json
     return no_nulls(body)
 
 
-def _chat_render_tool(tool: Tool) -> JsonObject:
+def _chat_render_tool(tool: Tool, losses: Losses) -> JsonObject:
     if tool.native:
         return tool.native.value
     if tool.kind == "custom":
@@ -2963,11 +3042,12 @@ def _chat_render_tool(tool: Tool) -> JsonObject:
             spelt["grammar"] = {k: v for k, v in grammar.items() if k != "type"}
         facts = {"name": tool.name, "description": tool.description or None}
         return {"type": "custom", "custom": {**no_nulls(facts), "format": spelt}}
+    schema, strict = openai_schema(object_schema(tool.schema), tool.strict, losses, "tools.strict")
     function = {
         "name": tool.name,
         "description": tool.description or None,
-        "parameters": object_schema(tool.schema),
-        "strict": tool.strict,
+        "parameters": schema,
+        "strict": strict,
     }
     return {"type": "function", "function": no_nulls(function)}
 
@@ -2989,12 +3069,7 @@ def _chat_render_output(output: OutputFormat | None, losses: Losses) -> JsonObje
         return None
     if output.kind == "json_object":
         return {"type": "json_object"}
-    schema, strict = output.schema or {}, output.strict
-    if strict:
-        fitting = strict_for_openai(schema)
-        if fitting is None:
-            losses.add("strict_schema_unsupported", "response_format")
-        schema, strict = fitting or schema, fitting is not None
+    schema, strict = openai_schema(output.schema or {}, output.strict, losses, "response_format")
     facts = {
         "name": re.sub(r"[^a-zA-Z0-9_-]", "_", output.name)[:64] or "response",
         "description": output.description or None,
@@ -3015,8 +3090,9 @@ def _chat_render_messages(prompt: Prompt, traits: Traits) -> list[JsonObject]:
         rendered += [_chat_result(result, shown) for result in results]
         if message.role == "user":
             content = [_chat_render_part(p) for p in message.content if isinstance(p, Text | Media)]
-            if content:
-                rendered.append(_chat_named("user", [*shown, *content], message.name))
+            if content or not message.content:
+                told = [*shown, *content] or ""
+                rendered.append(_chat_named("user", told, message.name))
                 shown = []
         elif message.role == "assistant":
             rendered += _chat_render_assistant(message, traits)
@@ -3187,9 +3263,9 @@ def _chat_call(call: ToolCall) -> JsonObject:
     function = {"name": call.name, "arguments": call.arguments or "{}"}
     rendered: JsonObject = {"id": call.id, "type": "function", "function": function}
     if call.opaque:
-        signature = sealed_for(call.opaque, "google", "thought")
-        google = {"google": {"thought_signature": signature}}
         own = call.opaque.vendor.startswith(_CHAT_OWN)
+        signature = call.opaque.data if own else sealed_for(call.opaque, "google", "thought")
+        google = {"google": {"thought_signature": signature}}
         rendered["extra_content"] = google if own else {**google, "via": _CHAT_VIA + "google"}
     return rendered
 
@@ -3341,10 +3417,11 @@ class _ChatEncoder:
 class _ChatDecoder:
     def __init__(self, vendor: str) -> None:
         self.model = ""
+        self.lost: set[str] = set()
         self._vendor = vendor
         self._keys = itertools.count()
         self._open: dict[int, dict[str, int]] = {}  # choice -> what is open in it -> key
-        self._calls: dict[tuple[int, Json], int] = {}  # choice and index -> key
+        self._calls: dict[tuple[int, int | None], int] = {}  # choice, index (None: last) -> key
         self._ids: dict[int, str] = {}  # key -> call id
         self._states: dict[int, list[Reasoning]] = {}
 
@@ -3377,10 +3454,10 @@ class _ChatDecoder:
             logprobs = dig(choice, "logprobs", "content")
             for block in _chat_answer_blocks(message, self._vendor, logprobs):
                 out += parts_of(block, next(self._keys), index)
-            finish = dig(choice, "finish_reason") or ""
+            finish = str(dig(choice, "finish_reason") or "")
             meaning = _CHAT_MEANINGS.get(finish, Finish.STOP)
             refused = isinstance(message.get("refusal"), str) and message["refusal"]
-            out.append(Finished(Finish.REFUSAL if refused else meaning, index, str(finish)))
+            out.append(Finished(Finish.REFUSAL if refused else meaning, index, finish))
         return out
 
     def _delta(self, out: list[StreamPart], choice: int, delta: JsonObject, logprobs: Json) -> None:
@@ -3437,30 +3514,31 @@ class _ChatDecoder:
     def _call(self, out: list[StreamPart], choice: int, call: JsonObject) -> None:
         """One delta of a call. Some servers leave out the index, repeat it for the next call, or
         repeat id and name: a new id is a new call, whatever its index says."""
-        ident, index = call.get("id"), call.get("index")
-        at = (choice, index if isinstance(index, int) else ident)
-        key = self._calls.get(at)
+        ident = call["id"] if isinstance(call.get("id"), str) else ""
+        index = call["index"] if isinstance(call.get("index"), int) else None
         facts = as_object(call.get("custom") or call.get("function"))
-        if at[1] is None and self._calls:
-            key = next(reversed(self._calls.values()))
-        if key is not None and isinstance(ident, str) and ident and ident != self._ids[key]:
-            key = next((k for k, known in self._ids.items() if known == ident), None)
-        name = facts.get("name")
-        text = facts.get("input" if "custom" in call else "arguments")
+        key = self._key_of(choice, index, ident)
         if key is None:
             key = next(self._keys)
-            self._calls[at] = key
-            self._ids[key] = ident if isinstance(ident, str) else ""
             out += self._close_all(choice, calls_too=False)
-            block = ToolCall(
-                self._ids[key], str(name or ""), "", "custom" in call, _chat_google_state(call)
-            )
+            state = _chat_google_state(call, self._vendor)
+            block = ToolCall(ident, str(facts.get("name") or ""), "", "custom" in call, state)
             self._open.setdefault(choice, {})[f"call {key}"] = key
             out.append(Open(key, block, choice))
-        if isinstance(text, dict):
-            text = json.dumps(text)
+        self._calls[choice, index] = self._calls[choice, None] = key
+        self._ids[key] = self._ids.get(key) or ident
+        text = facts.get("input" if "custom" in call else "arguments")
+        text = json.dumps(text) if isinstance(text, dict) else text
         if isinstance(text, str) and text:
             out.append(Delta(key, text))
+
+    def _key_of(self, choice: int, index: int | None, ident: str) -> int | None:
+        """The call that a delta belongs to; None if it begins one."""
+        key = self._calls.get((choice, index))
+        if key is None or not ident or self._ids[key] in ("", ident):
+            return None if index is None and ident and key is None else key
+        mine = {k for (c, _), k in self._calls.items() if c == choice}
+        return next((k for k in mine if self._ids[k] == ident), None)
 
     def _image(self, choice: int, image: Json) -> Iterator[StreamPart]:
         url = dig(image, "image_url", "url")
@@ -3502,7 +3580,7 @@ def _chat_answer_blocks(message: JsonObject, vendor: str, logprobs: Json) -> Ite
     for image in as_list(message.get("images")):
         if isinstance(dig(image, "image_url", "url"), str):
             yield media_at("image", image["image_url"]["url"], "images")
-    yield from _chat_calls(_chat_with_ids(message), "message")
+    yield from _chat_calls(_chat_with_ids(message), "message", vendor)
 
 
 def _chat_with_ids(message: JsonObject) -> JsonObject:
@@ -3764,7 +3842,7 @@ def _responses_input(given: Json) -> tuple[list[Message], list[tuple[str, JsonOb
     """The messages of an input, and the tools that stand in it."""
     if isinstance(given, str):
         return [Message("user", (Text(given),))], []
-    messages: list[Message] = []
+    runs: list[tuple[str, list[Content]]] = []  # what the assistant says in a row is one message
     tools: list[tuple[str, JsonObject]] = []
     names: dict[str, str] = {}
     for where, item in each_object(given, "input"):
@@ -3772,12 +3850,11 @@ def _responses_input(given: Json) -> tuple[list[Message], list[tuple[str, JsonOb
             tools += each_object(item.get("tools"), f"{where}.tools")
             continue
         message = _responses_item(item, where, names)
-        last = messages[-1] if messages else None
-        if last and last.role == message.role == "assistant":
-            messages[-1] = last._replace(content=last.content + message.content)
+        if runs and runs[-1][0] == message.role == "assistant":
+            runs[-1][1].extend(message.content)
         else:
-            messages.append(message)
-    return messages, tools
+            runs.append((message.role, list(message.content)))
+    return [Message(role, tuple(content)) for role, content in runs], tools
 
 
 def _responses_item(item: JsonObject, where: str, names: dict[str, str]) -> Message:
@@ -3817,15 +3894,11 @@ def _responses_call(item: JsonObject, where: str) -> ToolCall:
 
 def _responses_result(item: JsonObject, where: str, names: dict[str, str]) -> ToolResult:
     ident = typed(item.get("call_id"), str, f"{where}.call_id")
-    if ident not in names:
-        raise BadRequest(
-            f"{where}.call_id: no call before it has the id {show_json(ident)}",
-            param=f"{where}.call_id",
-        )
     content = _responses_content(item.get("output"), f"{where}.output")
     told = tuple(part for part in content if isinstance(part, Text | Media))
     custom = item.get("type") == "custom_tool_call_output"
-    return ToolResult(ident, told, name=names[ident], custom=custom)
+    # The call may stand in the conversation behind previous_response_id: who joins them checks.
+    return ToolResult(ident, told, name=names.get(ident, ""), custom=custom)
 
 
 def _responses_reasoning(item: JsonObject, vendor: str) -> Reasoning:
@@ -3903,7 +3976,7 @@ def _responses_render_request(prompt: Prompt, traits: Traits, losses: Losses) ->
     instructions = []
     while prompt.source not in _OPENAI_PROTOCOLS and messages and messages[0].role == "system":
         instructions.append(joined_text(messages.pop(0).content))
-    tools = _responses_render_tools(prompt.tools)
+    tools = [_responses_render_tool(tool, losses) for tool in prompt.tools]
     logprobs = prompt.sampling.logprobs
     limit = prompt.max_tokens
     if limit is not None and limit < _RESPONSES_LEAST_TOKENS:
@@ -3940,24 +4013,16 @@ def _responses_render_request(prompt: Prompt, traits: Traits, losses: Losses) ->
 _OPENAI_PROTOCOLS = (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.RESPONSES)
 
 
-def _responses_render_tools(tools: tuple[Tool, ...]) -> list[JsonObject]:
-    rendered: list[JsonObject] = []
-    for tool in tools:
-        if tool.native:
-            own = tool.native.protocol is ApiProtocol.RESPONSES
-            rendered.append(tool.native.value if own else {"type": tool.name})
-        elif tool.kind == "custom":
-            facts = {"name": tool.name, "description": tool.description or None}
-            form = tool.format or {"type": "text"}
-            rendered.append({"type": "custom", **no_nulls(facts), "format": form})
-        else:
-            # wire: without `strict` the server tries to make the schema strict by itself
-            function: JsonObject = {"type": "function", "name": tool.name}
-            if tool.description:
-                function["description"] = tool.description
-            schema, strict = object_schema(tool.schema), bool(tool.strict)
-            rendered.append({**function, "parameters": schema, "strict": strict})
-    return rendered
+def _responses_render_tool(tool: Tool, losses: Losses) -> JsonObject:
+    if tool.kind == "hosted":
+        own = tool.native and tool.native.protocol is ApiProtocol.RESPONSES
+        return tool.native.value if tool.native and own else {"type": tool.name}
+    named = no_nulls({"name": tool.name, "description": tool.description or None})
+    if tool.kind == "custom":
+        return {"type": "custom", **named, "format": tool.format or {"type": "text"}}
+    schema, strict = openai_schema(object_schema(tool.schema), tool.strict, losses, "tools.strict")
+    # wire: without `strict` the server tries to make the schema strict by itself
+    return {"type": "function", **named, "parameters": schema, "strict": bool(strict)}
 
 
 def _responses_render_choice(choice: ToolChoice | None) -> Json:
@@ -3980,17 +4045,12 @@ def _responses_render_text(prompt: Prompt, losses: Losses) -> JsonObject:
     if output and output.kind == "json_object":
         text["format"] = {"type": "json_object"}
     elif output:
-        schema, strict = output.schema or {}, bool(output.strict)
-        if strict:
-            fitting = strict_for_openai(schema)
-            if fitting is None:
-                losses.add("strict_schema_unsupported", "text.format")
-            schema, strict = fitting or schema, fitting is not None
+        schema, strict = openai_schema(output.schema or {}, output.strict, losses, "text.format")
         facts: JsonObject = {"type": "json_schema"}
         facts["name"] = re.sub(r"[^a-zA-Z0-9_-]", "_", output.name)[:64] or "response"
         if output.description:
             facts["description"] = output.description
-        text["format"] = {**facts, "schema": schema, "strict": strict}
+        text["format"] = {**facts, "schema": schema, "strict": bool(strict)}
     return text
 
 
@@ -4006,6 +4066,8 @@ def _responses_items(message: Message, traits: Traits) -> list[JsonObject]:
             items.append({"type": kind, "call_id": part.call_id, "output": output})
         elif isinstance(part, Text | Media):
             plain.append(_responses_render_part(part))
+    if not message.content and message.role == "user":
+        plain.append({"type": "input_text", "text": ""})
     if plain:
         alone = len(plain) == 1 and plain[0]["type"] == "input_text"
         role = message.role
@@ -4355,6 +4417,7 @@ _RESPONSES_EMPTY: dict[str, Block] = {
 class _ResponsesDecoder:
     def __init__(self, vendor: str) -> None:
         self.model = ""
+        self.lost: set[str] = set()
         self._vendor = vendor
         self._keys = itertools.count()
         self._open: dict[tuple[int, int], int] = {}  # output and content index -> key
@@ -4461,6 +4524,7 @@ class _ResponsesDecoder:
                 return _responses_reasoning(item, self._vendor)
             case "image_generation_call" if isinstance(item.get("result"), str):
                 return media_of_bytes("image", "image/png", item["result"], "result")
+        self.lost.add(str(item.get("type")))
         return None
 
     def _said(self, item: JsonObject) -> list[StreamPart]:
@@ -4798,7 +4862,14 @@ def _messages_content(content: Json, where: str) -> tuple[Content, ...]:
         return ()
     if isinstance(content, str):
         return (Text(content),)
-    return tuple(_messages_block(block, here) for here, block in each_object(content, where))
+    parts: list[Content] = []
+    for here, block in each_object(content, where):
+        source = as_object(block.get("source"))
+        if block.get("type") == "document" and source.get("type") == "content":
+            parts += _messages_content(source.get("content"), f"{here}.source.content")
+        else:
+            parts.append(_messages_block(block, here))
+    return tuple(parts)
 
 
 def _messages_block(block: JsonObject, where: str) -> Content:
@@ -4833,7 +4904,8 @@ def _messages_call(block: JsonObject, where: str) -> Content:
 def _messages_result(block: JsonObject, where: str) -> Content:
     ident = typed(block.get("tool_use_id"), str, f"{where}.tool_use_id")
     inner = _messages_content(block.get("content"), f"{where}.content")
-    told = tuple(part for part in inner if isinstance(part, Text | Media))
+    plain = (Text(compact(p.value).decode()) if isinstance(p, Native) else p for p in inner)
+    told = tuple(part for part in plain if isinstance(part, Text | Media))
     return ToolResult(ident, told, block.get("is_error") is True, cache=_messages_ttl(block))
 
 
@@ -4863,9 +4935,6 @@ def _messages_media(block: JsonObject, where: str) -> Content:
             text = typed(source.get("data"), str, f"{where}.data")
             data = base64.b64encode(text.encode("utf-8", "replace")).decode()
             return Media(kind, "text/plain", data, name=name, cache=cache)
-        case "content":
-            inner = _messages_content(source.get("content"), f"{where}.content")
-            return Text(joined_text(inner, "\n"), cache=cache)
     found = show_json(source.get("type"))
     raise BadRequest(
         f"{where}.type: expected base64, url, text, content or file; got {found}",
@@ -4982,10 +5051,10 @@ def _messages_all_tools(prompt: Prompt) -> tuple[Tool, ...]:
 
 
 def _messages_render_tool(tool: Tool) -> JsonObject:
-    if tool.native:
-        if tool.native.protocol is ApiProtocol.MESSAGES:
-            return tool.native.value
-        return {"type": "web_search_20250305", "name": WEB_SEARCH}
+    if tool.kind == "hosted":
+        own = tool.native and tool.native.protocol is ApiProtocol.MESSAGES
+        search = {"type": "web_search_20250305", "name": WEB_SEARCH}
+        return tool.native.value if tool.native and own else search
     schema = object_schema(tool.schema)
     if any(key in schema for key in ("anyOf", "oneOf", "allOf", "$ref")) or "type" not in schema:
         schema = {"type": "object", **{k: v for k, v in schema.items() if k != "type"}}
@@ -5095,8 +5164,9 @@ def _messages_render_messages(prompt: Prompt) -> tuple[Json, list[JsonObject]]:
         if [*message["content"][0]] == ["type", "text"] and len(message["content"]) == 1:
             message["content"] = message["content"][0]["text"]
     if any(isinstance(part, Text) and part.cache for part in system):
-        return [_messages_render_part(part) for part in system], rendered
-    return joined_text(system), rendered
+        told = [_messages_render_part(part) for part in system]
+        return [block for block in told if block is not None], rendered
+    return joined_text(system).strip() and joined_text(system), rendered
 
 
 def _messages_render_part(part: Content) -> JsonObject | None:
@@ -5176,7 +5246,7 @@ def _messages_render_response(
     usage: Usage,
     losses: Losses,
 ) -> JsonObject:
-    answer = choices[0]
+    answer = without_cut_call(choices[0], losses)
     content = [_messages_answer_block(block, losses) for block in _messages_blocks(answer.content)]
     message = _messages_skeleton(label)
     return {
@@ -5395,12 +5465,14 @@ _MESSAGES_GROWING = {
 class _MessagesDecoder:
     def __init__(self, vendor: str) -> None:
         self.model = ""
+        self.lost: set[str] = set()
         self._vendor = vendor
         self._keys = itertools.count()
         self._open: dict[int, int] = {}  # block's index -> key
         self._states: dict[int, Opaque] = {}
         self._late: dict[int, str] = {}  # key -> arguments that came with the block's start
-        self._cited: dict[int, int] = {}  # key -> characters of text so far, for citations
+        self._chars: dict[int, int] = {}  # key -> characters of text so far, for citations
+        self._cited: dict[int, list[Json]] = {}  # key -> what its text, when whole, cites
         self._said: list[JsonObject] = []  # the blocks as they are, to go on after a pause
 
     def feed(self, value: JsonObject) -> list[StreamPart]:
@@ -5455,6 +5527,7 @@ class _MessagesDecoder:
                 return Reasoning(str(item.get("thinking") or ""), signature)
             case "redacted_thinking":
                 return Reasoning("", opaque_from(item.get("data"), self._vendor, "redacted"))
+        self.lost.add(str(item.get("type")))
         return None
 
     def _start(self, index: int, item: JsonObject) -> list[StreamPart]:
@@ -5481,14 +5554,14 @@ class _MessagesDecoder:
             self._states[key] = said._replace(data=said.data + more)
             return []
         if kind == "citations_delta":
-            citation = _messages_citation(delta.get("citation"), self._cited.get(key, 0))
-            return [Cite(key, citation)] if citation else []
+            self._cited.setdefault(key, []).append(delta.get("citation"))
+            return []
         text = delta.get(_MESSAGES_GROWING.get(str(kind), ""))
         if not isinstance(text, str) or not text:
             return []
         self._late.pop(key, None)
         if kind == "text_delta":
-            self._cited[key] = self._cited.get(key, 0) + len(text)
+            self._chars[key] = self._chars.get(key, 0) + len(text)
         return [Delta(key, text)]
 
     def _stop(self, index: int) -> list[StreamPart]:
@@ -5497,14 +5570,20 @@ class _MessagesDecoder:
             return []
         late = self._late.pop(key, "")
         state = self._states.pop(key, None)
-        close = Close(key, state if state and state.data else None)
-        return [Delta(key, late), close] if late else [close]
+        out: list[StreamPart] = [Delta(key, late)] if late else []
+        for cited in self._cited.pop(key, ()):
+            citation = _messages_citation(cited, self._chars.get(key, 0))
+            out += [Cite(key, citation)] if citation else []
+        return [*out, Close(key, state if state and state.data else None)]
 
 
 _MESSAGES_KEPT = {
     "text_delta": "text", "thinking_delta": "thinking", "signature_delta": "signature",
     "input_json_delta": "partial_json",
 }  # fmt: skip
+
+
+_MESSAGES_PIECES = "pieces"  # of a kept block, while it grows
 
 
 def _messages_keep(said: list[JsonObject], event: JsonObject) -> None:
@@ -5515,13 +5594,16 @@ def _messages_keep(said: list[JsonObject], event: JsonObject) -> None:
     if not said or kind not in ("content_block_delta", "content_block_stop"):
         return
     block, delta = said[-1], as_object(event.get("delta"))
-    if kind == "content_block_stop":
+    name = _MESSAGES_KEPT.get(str(delta.get("type")))
+    if name:
+        block.setdefault(_MESSAGES_PIECES, {}).setdefault(name, []).append(str(delta.get(name)))
+    elif delta.get("type") == "citations_delta":
+        block.setdefault("citations", []).append(delta.get("citation"))
+    elif kind == "content_block_stop":
+        for grown, pieces in block.pop(_MESSAGES_PIECES, {}).items():
+            block[grown] = str(block.get(grown) or "") + "".join(pieces)
         partial = block.pop("partial_json", None)
         block |= {} if partial is None else {"input": object_in(partial) or {}}
-    elif delta.get("type") == "citations_delta":
-        block["citations"] = [*as_list(block.get("citations")), delta.get("citation")]
-    elif name := _MESSAGES_KEPT.get(str(delta.get("type"))):
-        block[name] = str(block.get(name) or "") + str(delta.get(name) or "")
 
 
 def _messages_finished(facts: JsonObject) -> Finished:
@@ -5561,15 +5643,16 @@ def _messages_unseal(body: JsonObject, vendor: str) -> bool:
     return changed
 
 
+_MESSAGES_STATES = {"thinking": "signature", "redacted_thinking": "data"}
+
+
 def _messages_open(body: JsonObject, vendor: str) -> bool:
     changed = False
     for message in as_list(body.get("messages")):
         content = dig(message, "content")
         kept: list[Json] = []
         for block in as_list(content):
-            name = {"thinking": "signature", "redacted_thinking": "data"}.get(
-                dig(block, "type"), ""
-            )
+            name = _MESSAGES_STATES.get(str(dig(block, "type")), "")
             sealed = dig(block, name)
             if isinstance(sealed, str) and sealed.startswith(ENVELOPE):
                 changed = True
@@ -5840,7 +5923,7 @@ def _gemini_tool_choice(config: Json) -> ToolChoice | None:
 
 def _gemini_messages(contents: Json) -> list[Message]:
     """Messages; calls without ids get some, and results find theirs by name, in order."""
-    messages: list[Message] = []
+    runs: list[tuple[str, list[Content]]] = []
     waiting: dict[str, list[str]] = {}  # tool's name -> ids of its calls that await a result
     given = [contents] if isinstance(contents, dict) else contents
     for turn, (where, content) in enumerate(each_object(given, "contents")):
@@ -5855,12 +5938,14 @@ def _gemini_messages(contents: Json) -> list[Message]:
         parts, called = _gemini_content(content, where, waiting, turn)
         for name, ident in called:
             waiting.setdefault(name, []).append(ident)
-        last = messages[-1] if messages else None
-        if role == "model" and last and last.role == "assistant":
-            messages[-1] = last._replace(content=_gemini_joined([*last.content, *parts]))
+        if role == "model" and runs and runs[-1][0] == "assistant":
+            runs[-1][1].extend(parts)
         else:
-            messages.append(Message("assistant" if role == "model" else "user", parts))
-    return messages
+            runs.append(("assistant" if role == "model" else "user", list(parts)))
+    return [
+        Message(role, _gemini_joined(parts) if role == "assistant" else tuple(parts))
+        for role, parts in runs
+    ]
 
 
 def _gemini_content(
@@ -5891,8 +5976,7 @@ def _gemini_content(
             one = _gemini_part(part, here)
             parts += [one] if one else []
             parts += [Reasoning("", state)] if state else []
-    model = content.get("role") == "model"
-    return _gemini_joined(parts) if model else tuple(parts), called
+    return tuple(parts), called
 
 
 def _gemini_joined(parts: list[Content]) -> tuple[Content, ...]:
@@ -6020,6 +6104,8 @@ def _gemini_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> Js
     tools = _gemini_render_tools(prompt.tools, traits)
     tier = prompt.tier if prompt.tier in _GEMINI_TIERS else "standard" if prompt.tier else None
     choice = _gemini_render_choice(prompt.tool_choice) if tools else None
+    if any(tool.strict for tool in prompt.tools) and (choice or {"mode": "AUTO"})["mode"] == "AUTO":
+        choice = {"mode": "VALIDATED"}
     body = {
         "contents": contents,
         "systemInstruction": {"parts": [{"text": joined_text(system)}]} if system else None,
@@ -6076,9 +6162,9 @@ def _gemini_render_tools(tools: tuple[Tool, ...], traits: Traits) -> list[JsonOb
     declared: list[JsonObject] = []
     hosted: list[JsonObject] = []
     for tool in tools:
-        if tool.native:
-            own = tool.native.protocol is ApiProtocol.GENERATE_CONTENT
-            hosted.append(tool.native.value if own else {"googleSearch": {}})
+        if tool.kind == "hosted":
+            own = tool.native and tool.native.protocol is ApiProtocol.GENERATE_CONTENT
+            hosted.append(tool.native.value if tool.native and own else {"googleSearch": {}})
             continue
         one: JsonObject = {"name": tool.name, "description": tool.description or tool.name}
         schema = tool.schema or {}
@@ -6191,7 +6277,7 @@ def _gemini_render_response(
 ) -> JsonObject:
     candidates = []
     for choice in choices:
-        blocks = _gemini_stated(choice.content)
+        blocks = _gemini_stated(without_cut_call(choice, losses).content)
         parts = [part for b in blocks for part in _gemini_answer_parts(b, losses)]
         candidate = _gemini_candidate(choice.finished.choice, parts or [{"text": ""}])
         candidate |= _gemini_finish(choice.finished)
@@ -6296,6 +6382,7 @@ class _GeminiEncoder:
         self._texts: dict[int, list[str]] = {}  # key -> what a citation points into
         self._cited: dict[int, list[tuple[int, Citation]]] = {}  # choice -> key and citation
         self._states: dict[int, Opaque] = {}  # choice -> state that waits for a call to stand on
+        self._botched: list[tuple[int, Block]] = []  # calls whose arguments are no object
         self._finished: dict[int, Finished] = {}
 
     def encode(self, part: StreamPart) -> bytes:
@@ -6315,15 +6402,21 @@ class _GeminiEncoder:
         return b""
 
     def end(self, usage: Usage) -> bytes:
+        out = b""
+        for choice, call in self._botched:
+            finished = self._finished.get(choice)
+            if finished is None or finished.finish is not Finish.LENGTH:
+                out += self._chunk(choice, _gemini_answer_parts(call, Losses()))
         candidates = []
         for index, finished in sorted(self._finished.items()):
             last: JsonObject = {"text": ""}
             if index in self._states:
                 last["thoughtSignature"] = _gemini_sealed(self._states[index])
             candidate = _gemini_candidate(index, [last]) | _gemini_finish(finished)
-            cited = [("".join(self._texts[k]), c) for k, c in self._cited.get(index, ())]
+            cited = [("".join(self._texts.get(k, ())), c) for k, c in self._cited.get(index, ())]
             candidates.append(candidate | _gemini_grounding(cited))
-        return self._event({"candidates": candidates, **self._head, **_gemini_counts(usage)})
+        last_chunk = {"candidates": candidates, **self._head, **_gemini_counts(usage)}
+        return out + self._event(last_chunk)
 
     def fail(self, error: BitrouterError) -> bytes:
         return self._event(_gemini_render_error(error))
@@ -6347,10 +6440,13 @@ class _GeminiEncoder:
             return self._keep_state(choice, opaque) if opaque else b""
         if isinstance(block, ToolCall) and not block.opaque:
             block = block._replace(opaque=self._states.pop(choice, None))
-        if isinstance(block, ToolCall | Media):
-            whole_block = with_text(block, "".join(self._arguments[key]))
-            return self._chunk(choice, _gemini_answer_parts(whole_block, Losses()))
-        return b""
+        if not isinstance(block, ToolCall | Media):
+            return b""
+        block = with_text(block, "".join(self._arguments[key]))
+        if isinstance(block, ToolCall) and object_in(block.arguments) is None:
+            self._botched.append((choice, block))  # unless the tokens ran out in its middle
+            return b""
+        return self._chunk(choice, _gemini_answer_parts(block, Losses()))
 
     def _keep_state(self, choice: int, opaque: Opaque) -> bytes:
         """wire: state stands on the first call after it, as Gemini's own does: clients that drop
@@ -6376,10 +6472,11 @@ class _GeminiEncoder:
 class _GeminiDecoder:
     def __init__(self, vendor: str) -> None:
         self.model = ""
+        self.lost: set[str] = set()
         self._vendor = vendor
         self._keys = itertools.count()
         self._open: dict[int, tuple[str, int]] = {}  # choice -> what is open in it, and its key
-        self._texts: dict[int, tuple[int, str]] = {}  # choice -> its last text: key and words
+        self._texts: dict[int, tuple[int, list[str]]] = {}  # choice -> its last text: key, words
         self._over: set[int] = set()
 
     def feed(self, value: JsonObject) -> list[StreamPart]:
@@ -6410,10 +6507,11 @@ class _GeminiDecoder:
             self._part(out, choice, as_object(part))
         logprobs = _gemini_read_logprobs(candidate.get("logprobsResult"))
         if self._open.get(choice, ("",))[0] == "text":
-            key, text = self._texts[choice]
+            key, words = self._texts[choice]
             out += [Delta(key, "", logprobs)] if logprobs else []
-            for cited in _gemini_citations(as_object(candidate.get("groundingMetadata")), text):
-                out.append(Cite(key, cited))
+            grounding = as_object(candidate.get("groundingMetadata"))
+            cited = _gemini_citations(grounding, "".join(words)) if grounding else ()
+            out += [Cite(key, citation) for citation in cited]
         reason = candidate.get("finishReason")
         if isinstance(reason, str) and reason and choice not in self._over:
             self._over.add(choice)
@@ -6442,7 +6540,9 @@ class _GeminiDecoder:
             out += self._close(choice)
             media = Media(kind_of_mime(mime), mime, standard_base64(blob["data"]))
             out += parts_of(media, next(self._keys), choice)
-        elif isinstance(part.get("text"), str):
+        elif not isinstance(part.get("text"), str):
+            self.lost |= {key for key in part if key != "thoughtSignature"}
+        else:
             self._grow(out, choice, part["text"], thought=part.get("thought") is True, state=state)
 
     def _grow(
@@ -6456,11 +6556,11 @@ class _GeminiDecoder:
                 self._open[choice] = (kind, key)
                 out.append(Open(key, Reasoning() if thought else Text(), choice))
                 if not thought:
-                    self._texts[choice] = (key, "")
+                    self._texts[choice] = (key, [])
             key = self._open[choice][1]
             out.append(Delta(key, text))
             if not thought:
-                self._texts[choice] = (key, self._texts[choice][1] + text)
+                self._texts[choice][1].append(text)
         if state and thought and self._open.get(choice, ("",))[0] == "thought":
             out += self._close(choice, state)
         elif state:
@@ -6739,6 +6839,8 @@ def judge(who: str, status: int, facts: ErrorFacts) -> UpstreamError:
     message = f"{who} answered {status}" + (f": {said}" if said else "")
     kind = verdict.kind if verdict in (UpstreamNoCredit, UpstreamLimited) else kind_of(status)
     code = min(facts.words & _TELLING_WORDS, default="")
+    if kind is Kind.OVERLOADED:
+        code = code or "server_is_overloaded"
     if status == 429 and any("perday" in word for word in facts.words):
         code = "daily_quota_exceeded"  # wire: Google's QuotaFailure names `...PerDay...` quotas
     return verdict(message, status=status, kind=kind, code=code)
@@ -6944,6 +7046,8 @@ def adapt(
     prompt = _within_limits(prompt, protocol, traits, losses)
     prompt = _withheld(prompt, traits, losses)
     prompt = _with_own_files(prompt, traits)
+    if protocol is not ApiProtocol.GENERATE_CONTENT:
+        prompt = _without_own_pictures(prompt, losses)
     prompt, custom = _without_custom_tools(prompt, traits, losses)
     prompt = _with_known_tools(prompt, protocol, traits, losses)
     prompt, names = _renamed(prompt, protocol)
@@ -6952,9 +7056,19 @@ def adapt(
     if protocol in (ApiProtocol.MESSAGES, ApiProtocol.GENERATE_CONTENT):
         prompt = _with_placed_system(prompt, traits, losses)
         prompt = _with_all_results(prompt, losses)
+    if not traits.prefill and prompt.messages and prompt.messages[-1].role == "assistant":
+        losses.add("prefill_unsupported", "messages")
+        asked = Message("user", (Text("Continue."),))
+        prompt = prompt._replace(messages=(*prompt.messages, asked))
     prompt = _with_fitting_ids(prompt, protocol, traits)
+    if protocol is ApiProtocol.MESSAGES:
+        prompt = _with_few_marks(prompt, losses)
     most = _MAX_STOPS[protocol] if traits.stops else 0
-    stops = prompt.sampling.stop
+    # wire: Messages refuses blank ones; they go last, and past the bound
+    blank = [s for s in prompt.sampling.stop if not s.strip()]
+    if protocol is ApiProtocol.MESSAGES and blank:
+        most = len(prompt.sampling.stop) - len(blank)
+    stops = tuple(sorted((s for s in prompt.sampling.stop if s), key=lambda s: not s.strip()))
     prompt = prompt._replace(sampling=prompt.sampling._replace(stop=stops[:most]))
     wire_names = {wire: own for own, wire in names.items()}
     went_out = frozenset(names.get(own, own[1]) for own in custom)
@@ -7070,6 +7184,19 @@ def _with_own_files(prompt: Prompt, traits: Traits) -> Prompt:
     return _each_part(prompt, check)
 
 
+def _without_own_pictures(prompt: Prompt, losses: Losses) -> Prompt:
+    """Only Gemini takes back what a model drew."""
+    messages = []
+    for message in prompt.messages:
+        if message.role == "assistant" and any(isinstance(p, Media) for p in message.content):
+            losses.add("dropped", "image")
+            kept = tuple(p for p in message.content if not isinstance(p, Media))
+            message = message._replace(content=kept)
+        if message.content or message.role != "assistant":
+            messages.append(message)
+    return prompt._replace(messages=tuple(messages))
+
+
 # Tools.
 
 
@@ -7140,9 +7267,9 @@ def _renamed(prompt: Prompt, protocol: ApiProtocol) -> tuple[Prompt, dict[tuple[
     and told apart by a hash. Returns the names that changed: namespace and name -> new name."""
     allowed = CODECS[protocol].names
     given = [(tool.namespace, tool.name) for tool in prompt.tools if tool.kind != "hosted"]
-    doubled = {name for name in given if given.count(name) > 1} if len(given) > 1 else set()
+    doubled = [name for (_, name), count in Counter(given).items() if count > 1]
     if doubled:
-        name = min(doubled)[1]
+        name = min(doubled)
         raise BadRequest(f"tools: two tools are called {show_json(name)}", param="tools")
     called = [
         (p.namespace, p.name) for m in prompt.messages for p in m.content if isinstance(p, ToolCall)
@@ -7173,7 +7300,8 @@ def _renamed(prompt: Prompt, protocol: ApiProtocol) -> tuple[Prompt, dict[tuple[
     )
     choice = prompt.tool_choice
     if choice:
-        by_name = {own: wire for (_, own), wire in names.items()}
+        spaced = {own: names.get((space, own), own) for space, own in given}
+        by_name = spaced | {own: names.get(("", own), own) for space, own in given if not space}
         choice = choice._replace(names=tuple(by_name.get(n, n) for n in choice.names))
     return _each_part(prompt._replace(tools=tools, tool_choice=choice), rename), names
 
@@ -7244,7 +7372,9 @@ def _with_output(
 def _with_json_object(
     prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses
 ) -> tuple[Prompt, Undo]:
+    old_gemini = protocol is ApiProtocol.GENERATE_CONTENT and not traits.call_ids
     emulated = protocol is ApiProtocol.MESSAGES or traits.schema == "prompt"
+    emulated = emulated or (old_gemini and bool(prompt.tools))
     if emulated:
         losses.add("json_emulated", "response_format", harmful=False)
         told = _with_instruction(prompt._replace(output=None), _OBJECT_ONLY)
@@ -7327,6 +7457,33 @@ def _with_all_results(prompt: Prompt, losses: Losses) -> Prompt:
     return prompt._replace(messages=tuple(merged))
 
 
+_MAX_MARKS = 4  # wire: docs.claude.com/en/docs/build-with-claude/prompt-caching, read 2026-11
+
+
+def _with_few_marks(prompt: Prompt, losses: Losses) -> Prompt:
+    """A prompt with no more cache marks than Claude takes; the last ones cover the most."""
+    marked = [t for t in prompt.tools if t.cache]
+    marks = len(marked) + bool(prompt.cache)
+    marks += sum(bool(_mark_of(part)) for m in prompt.messages for part in m.content)
+    surplus = marks - _MAX_MARKS
+    if surplus <= 0:
+        return prompt
+    losses.add("dropped", "cache_control", harmful=False)
+
+    def unmark(part: Content) -> Content:
+        nonlocal surplus
+        if surplus > 0 and isinstance(part, Text | Media | ToolCall | ToolResult) and part.cache:
+            surplus -= 1
+            return part._replace(cache="")
+        return part
+
+    return _each_part(prompt, unmark)
+
+
+def _mark_of(part: Content) -> str:
+    return part.cache if isinstance(part, Text | Media | ToolCall | ToolResult) else ""
+
+
 _FITTING_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -7368,7 +7525,8 @@ class Undoing:
         self._held: dict[int, list[str]] = {}  # blocks that are held back until they are whole
         self._tails: dict[int, str] = {}  # text that may be the beginning of a stop sequence
         self._inputs: dict[int, _InputReader] = {}
-        self._answers: set[int] = set()  # calls that are the answer
+        self._answers: dict[int, bool] = {}  # calls that are the answer -> whether it has begun
+        self._asides: dict[int, list[StreamPart]] = {}  # texts that count if no answer comes
         self._choices: dict[int, int] = {}
         self._texts: set[int] = set()
         self._called: set[int] = set()  # choices in which the caller's own tools were called
@@ -7377,10 +7535,8 @@ class Undoing:
 
     def feed(self, part: StreamPart) -> list[StreamPart]:
         if isinstance(part, Finished):
-            return [self._finish(part)]
-        if isinstance(part, Open):
-            self._choices[part.key] = part.choice
-        if self._choices[part.key] in self._stopped:
+            return self._finish(part)
+        if self._keeps_back(part):
             return []
         match part:
             case Delta():
@@ -7391,6 +7547,18 @@ class Undoing:
                 return self._close(part)
         return [part]
 
+    def _keeps_back(self, part: Open | Delta | Cite | Close) -> bool:
+        """Whether a part waits, or shall not be seen: after a stop sequence, after its block."""
+        if isinstance(part, Open):
+            self._choices[part.key] = part.choice
+            if self._undo.answer_tool and isinstance(part.block, Text):
+                self._asides[part.key] = []
+        if part.key in self._asides:
+            self._asides[part.key].append(part)
+            return True
+        choice = self._choices.get(part.key)
+        return choice is None or choice in self._stopped
+
     def _open(self, part: Open) -> Open:
         undo, block = self._undo, part.block
         if isinstance(block, Text):
@@ -7400,7 +7568,7 @@ class Undoing:
         if not isinstance(block, ToolCall):
             return part
         if undo.answer_tool and block.name == undo.answer_tool:
-            self._answers.add(part.key)
+            self._answers[part.key] = False
             if undo.wrapped:
                 self._held[part.key] = []
             return Open(part.key, Text(), part.choice)
@@ -7423,6 +7591,8 @@ class Undoing:
             return [Delta(part.key, text)] if text else []
         if self._undo.stops and part.key in self._texts:
             return self._look_for_stop(part)
+        if part.key in self._answers:
+            self._answers[part.key] = True
         return [part]
 
     def _look_for_stop(self, part: Delta) -> list[StreamPart]:
@@ -7431,8 +7601,12 @@ class Undoing:
         if found:
             at, stop = min(found)
             self._stopped[self._choices[part.key]] = stop
+            choice = self._choices[part.key]
             said: list[StreamPart] = [Delta(part.key, text[:at])] if at else []
-            return [*said, Close(part.key)]
+            closing = [key for key, of in self._choices.items() if of == choice]
+            for key in closing:
+                del self._choices[key]
+            return [*said, *(Close(key) for key in closing)]
         tail = max((_overlap(text, stop) for stop in self._undo.stops), default=0)
         self._tails[part.key] = text[len(text) - tail :]
         text = text[: len(text) - tail]
@@ -7440,26 +7614,31 @@ class Undoing:
 
     def _close(self, part: Close) -> list[StreamPart]:
         text = ""
+        del self._choices[part.key]
         if part.key in self._held:
             text = "".join(self._held.pop(part.key))
             text = _unwrapped(text) if part.key in self._answers else json_in(text)
         elif part.key in self._inputs:
             text = self._inputs.pop(part.key).finish()
+        elif self._answers.get(part.key) is False:
+            text = "{}"  # a call without arguments
         else:
             text = self._tails.pop(part.key, "")
         return [Delta(part.key, text), part] if text else [part]
 
-    def _finish(self, part: Finished) -> Finished:
+    def _finish(self, part: Finished) -> list[StreamPart]:
         """wire: some servers say `stop` after calls; whoever called a tool of the caller's must say
         so, and whoever did not must not."""
+        asides = [] if self._answers else [one for held in self._asides.values() for one in held]
+        self._asides.clear()
         if part.choice in self._stopped:
             stop = self._stopped[part.choice]
-            return part._replace(finish=Finish.STOP_SEQUENCE, stop_sequence=stop)
-        if part.choice in self._called and part.finish in (Finish.STOP, Finish.STOP_SEQUENCE):
-            return part._replace(finish=Finish.TOOL_CALLS)
-        if part.choice not in self._called and part.finish is Finish.TOOL_CALLS:
-            return part._replace(finish=Finish.STOP)
-        return part
+            part = part._replace(finish=Finish.STOP_SEQUENCE, stop_sequence=stop)
+        elif part.choice in self._called and part.finish in (Finish.STOP, Finish.STOP_SEQUENCE):
+            part = part._replace(finish=Finish.TOOL_CALLS)
+        elif part.choice not in self._called and part.finish is Finish.TOOL_CALLS:
+            part = part._replace(finish=Finish.STOP)
+        return [*asides, part]
 
 
 def _overlap(text: str, stop: str) -> int:
@@ -7478,7 +7657,7 @@ def _unwrapped(text: str) -> str:
 
 def json_in(text: str) -> str:
     """The JSON value in a text, without a fence or words around it; the text if there is none."""
-    for start in itertools.islice(re.finditer(r"[{\[]", text), 50):
+    for start in itertools.islice(re.finditer(r"[{\[]", text), 3):
         with suppress(ValueError, RecursionError):
             _, end = json.JSONDecoder().raw_decode(text, start.start())
             return text[start.start() : end]
@@ -7490,32 +7669,41 @@ class _InputReader:
 
     _START = re.compile(r'\s*\{\s*"input"\s*:\s*"')
     _WHOLE = re.compile(r'(?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*')
+    _HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}$")  # the first half of a character
+    _LONGEST_START = 1024
 
     def __init__(self) -> None:
-        self._text = ""
-        self._at = -1  # up to where it has been read; -1 before the string begins
+        self._text = ""  # what has not been read yet
+        self._begun = False
+        self._other: list[str] = []  # the pieces of what is no such object
 
     def feed(self, text: str) -> str:
+        if self._other:
+            self._other.append(text)
+            return ""
         self._text += text
-        if self._at < 0:
+        if not self._begun:
             begins = self._START.match(self._text)
             if begins is None:
+                if len(self._text) > self._LONGEST_START:
+                    self._other.append(self._text)
                 return ""
-            self._text, self._at = self._text[begins.end() :], 0
+            self._text, self._begun = self._text[begins.end() :], True
         found = self._WHOLE.match(self._text)
         end = found.end() if found else 0
-        high = re.search(r"\\u[dD][89abAB][0-9a-fA-F]{2}$", self._text[:end])
-        if high and end == len(self._text):
-            end = high.start()  # half of a character
+        half = self._HALF.search(self._text, max(0, end - 6), end)
+        if half and end == len(self._text):
+            end = half.start()
         piece, self._text = self._text[:end], self._text[end:]
         return str(json.loads(f'"{piece}"', strict=False)) if piece else ""
 
     def finish(self) -> str:
         """What is left, if it was no such object."""
-        if self._at >= 0:
+        if self._begun:
             return ""
-        value = object_in(self._text) or {}
-        return str(value.get("input", self._text))
+        text = "".join(self._other) or self._text
+        value = object_in(text) or {}
+        return str(value.get("input", text))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -7692,6 +7880,7 @@ class StreamRelay:
 
 
 _MAX_PAUSES = 5
+_MAX_CHOICES = 128  # as many as OpenAI makes
 
 
 class ArrayFramer:
@@ -7732,14 +7921,18 @@ class Translation:
         explain: Callable[[ErrorFacts], BitrouterError],
         *,
         as_array: bool = False,
+        pauses: int = _MAX_PAUSES,
     ) -> None:
-        """explain: makes of a provider's error inside a stream what the caller is told."""
+        """explain: makes of a provider's error inside a stream what the caller is told.
+
+        pauses: how often the model may be asked to go on.
+        """
         self.state = StreamState()
         self.open = self.over = self.paused = False
         self.garbled: UpstreamGarbled | None = None
         self.losses = Losses()
         self._spent = Usage()  # before the last pause
-        self._pauses_left = _MAX_PAUSES
+        self._pauses_left = pauses
         self._theirs, self._ours = theirs, ours
         self._prompt, self._label = prompt, label
         self._explain = explain
@@ -7749,6 +7942,7 @@ class Translation:
         self._gatherer = Gatherer()
         self._finished: set[int] = set()
         self._chars = 0
+        self._halves: dict[int, str] = {}  # key -> the first half of a character
         self._cutter = EventCutter()
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -7781,6 +7975,7 @@ class Translation:
     def whole(self) -> JsonObject:
         """The caller's answer, of all that was read."""
         self.state.usage, self._spent = self._usage(), Usage()
+        self._note_lost()
         return self._ours.render_response(
             self._prompt, self._named(), self.choices(), self.state.usage, self.losses
         )
@@ -7790,7 +7985,7 @@ class Translation:
         if used:
             so_far = self.state.usage or Usage()
             self.state.usage = Usage(*map(sum, zip(so_far, used, strict=True)))
-        for part in self._decoder.whole(value):
+        for part in self._decoded(self._decoder.whole, value):
             yield part._replace(choice=n) if n and isinstance(part, Open | Finished) else part
 
     def choices(self) -> list[Choice]:
@@ -7859,8 +8054,12 @@ class Translation:
                 self.over = True
                 if self.open:
                     out.append(self._encode_with().fail(self._explain(self.state.error)))
-            elif self.state.ended:
+            elif self.state.ended and self.state.finished:
                 out.append(self._end())
+            elif self.state.ended:
+                said = "the provider ended the stream without saying why the model stopped"
+                self.garbled = UpstreamGarbled(said, code="upstream_disconnected")
+                self.over = True
         return out
 
     def _event(self, data: bytes, out: list[bytes]) -> None:
@@ -7874,7 +8073,17 @@ class Translation:
         if isinstance(value, dict):
             self._theirs.note(self.state, value)
             if self.state.error is None:
-                out += [self._encode(part) for part in self._decoder.feed(value)]
+                parts = self._decoded(self._decoder.feed, value)
+                out += [self._encode(part) for part in parts]
+
+    def _decoded(
+        self, decode: Callable[[JsonObject], list[StreamPart]], value: JsonObject
+    ) -> list[StreamPart]:
+        try:
+            return decode(value)
+        except BadRequest as error:  # what reads a caller's messages reads a provider's too
+            said = f"the provider's answer makes no sense: {error.message}"
+            raise UpstreamGarbled(said) from None
 
     def _encode(self, part: StreamPart) -> bytes:
         """A part as the caller gets it, after what was done to the request is undone."""
@@ -7887,6 +8096,10 @@ class Translation:
 
     def _told(self, part: StreamPart) -> Iterator[StreamPart]:
         """What the caller shall see of a part."""
+        if isinstance(part, Open | Finished) and part.choice >= _MAX_CHOICES:
+            raise UpstreamGarbled(f"the provider numbers a choice {part.choice}")
+        if isinstance(part, Delta):
+            part = self._in_whole_characters(part)
         for told in self._undoing.feed(part):
             if isinstance(told, Finished):
                 self._finish_seen(told)
@@ -7895,6 +8108,17 @@ class Translation:
             elif isinstance(told, Delta):
                 self._chars += len(told.text)
             yield told
+
+    def _in_whole_characters(self, part: Delta) -> Delta:
+        """wire: some servers cut between the two halves of a UTF-16 surrogate pair."""
+        text = self._halves.pop(part.key, "") + part.text if self._halves else part.text
+        if text and "\ud800" <= text[-1] <= "\udbff":
+            self._halves[part.key] = text[-1]
+            text = text[:-1]
+        if text is not part.text:
+            text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+            return part._replace(text=text)
+        return part
 
     def _finish_seen(self, part: Finished) -> None:
         if part.finish is Finish.PAUSE and self._pauses_left:
@@ -7912,7 +8136,12 @@ class Translation:
         if not self._finished:
             out.append(self._encode(Finished(Finish.STOP)))
         self.state.usage, self._spent = self._usage(), Usage()
+        self._note_lost()
         return b"".join([*out, self._encode_with().end(self.state.usage)])
+
+    def _note_lost(self) -> None:
+        for kind in sorted(self._decoder.lost):
+            self.losses.add("dropped", printable(kind, 64), harmful=False)
 
     def _encode_with(self) -> StreamEncoder:
         if self._encoder is None:
@@ -7948,7 +8177,8 @@ class Translation:
     def _framed(self, out: bytes) -> bytes:
         if self._framer is None:
             return out
-        return self._framer.feed(out) + (self._framer.end() if self.over else b"")
+        ended = self.over and not (self.garbled or self.paused)
+        return self._framer.feed(out) + (self._framer.end() if ended else b"")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8545,7 +8775,7 @@ _CLAUDES: tuple[tuple[str, str, str], ...] = (
     (r"claude-",                               "",         "inline schema"),
 )  # fmt: skip
 
-_REASONS = r"(o[134]|gpt-5|gpt-6|gpt-oss|codex)"
+_REASONS = r"o[134]|gpt-[5-9]|gpt-oss|codex"
 _OPENAI_EFFORTS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"gpt-6-astra", ("low", "medium", "high", "xhigh", "max")),
     (r"gpt-6", ("none", "low", "medium", "high", "xhigh", "max")),
@@ -8638,7 +8868,7 @@ def _gemini_traits(traits: Traits, bare: str) -> Traits:
 
 
 def _openai_traits(traits: Traits, bare: str, protocol: ApiProtocol) -> Traits:
-    reasons = bool(re.match(_REASONS, bare)) and "chat" not in bare
+    reasons = _reasons(bare)
     efforts = next((levels for start, levels in _OPENAI_EFFORTS if re.match(start, bare)), ())
     new_name = traits.official or reasons
     return traits._replace(
@@ -8649,23 +8879,30 @@ def _openai_traits(traits: Traits, bare: str, protocol: ApiProtocol) -> Traits:
     )
 
 
+def _reasons(bare: str) -> bool:
+    return bool(re.match(_REASONS, bare)) and "chat" not in bare
+
+
 def may_prefer_responses(model: str) -> bool:
-    """Whether it can be that a model is served on the Responses API alone."""
+    """Whether it can be that a model is better asked on the Responses API."""
     bare = normal_id(model.rpartition("/")[2])
-    return bool(_RESPONSES_ONLY.match(bare) or _TOOLS_ON_RESPONSES.match(bare))
+    return bool(_RESPONSES_ONLY.match(bare) or _reasons(bare))
 
 
-def prefers_responses(model: str, prompt: Prompt) -> bool:
-    """Whether OpenAI serves a prompt to a model on its Responses API alone.
+def prefers_responses(model: str, asked_in: ApiProtocol, body: JsonObject) -> bool:
+    """Whether OpenAI serves a request to a model on its Responses API alone, or better there.
 
     wire: platform.openai.com/docs/guides/migrate-to-responses, read 2026-11: newer models refuse
-    function tools together with reasoning on Chat Completions.
+    function tools together with reasoning on Chat Completions, which also keeps no reasoning from
+    one turn to the next: callers of other protocols can.
     """
     bare = normal_id(model.rpartition("/")[2])
     if _RESPONSES_ONLY.match(bare):
         return True
-    reasons = prompt.thinking.effort != "none" or "astra" in bare
-    return bool(prompt.tools and reasons and _TOOLS_ON_RESPONSES.match(bare))
+    if asked_in is not ApiProtocol.CHAT_COMPLETIONS:
+        return _reasons(bare)
+    reasons = body.get("reasoning_effort") != "none" or "astra" in bare
+    return bool(body.get("tools") and reasons and _TOOLS_ON_RESPONSES.match(bare))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -10863,17 +11100,21 @@ class Memory:
     """A bounded map whose entries grow old. The least recently used go first."""
 
     def __init__(self, entries: int, size: int, age_s: float) -> None:
-        """entries, size: how much fits in; age_s: seconds after which an entry is gone."""
+        """entries, size: how much fits in (size is counted by who puts something in); age_s:
+        seconds after which an entry is gone."""
         self._entries, self._size, self._age_s = entries, size, age_s
         self._kept: dict[Any, tuple[float, int, Any]] = {}
         self._used = 0
 
-    def put(self, key: Any, value: Any, now: float, size: int = 1) -> None:
+    def put(self, key: Any, value: Any, now: float, size: int) -> None:
         self._drop(key)
         self._kept[key] = (now + self._age_s, size, value)
         self._used += size
         while self._kept and (len(self._kept) > self._entries or self._used > self._size):
             self._drop(next(iter(self._kept)))
+
+    def __len__(self) -> int:
+        return len(self._kept)
 
     def get(self, key: Any, now: float) -> Any:
         """The value; None if there is none."""
@@ -10900,6 +11141,9 @@ class Memory:
 _FETCH_S = 10.0
 _FETCH_BYTES = 20 * 1024 * 1024
 _FETCH_HOPS = 4
+_FETCH_URLS = 20
+_FETCH_TOTAL_BYTES = 64 * 1024 * 1024
+_FETCHING_AT_ONCE = 8
 
 
 async def with_fetched_media(
@@ -10919,10 +11163,14 @@ async def with_fetched_media(
     }
     if not urls:
         return prompt
-    loop = asyncio.get_running_loop()
+    if len(urls) > _FETCH_URLS:
+        said = f"at most {_FETCH_URLS} URLs are fetched for one request; send the bytes instead"
+        raise BadRequest(said, code="media_not_fetched")
     fetched = {}
-    for url in urls:
-        mime, data = await loop.run_in_executor(None, fetch_media, url, allowed)
+    left = _FETCH_TOTAL_BYTES
+    for url in sorted(urls):
+        mime, data = await _in_a_thread(fetch_media, url, allowed, min(left, _FETCH_BYTES))
+        left -= len(data)
         fetched[url] = (mime, base64.b64encode(data).decode())
 
     def put(part: Content) -> Content:
@@ -10938,6 +11186,18 @@ async def with_fetched_media(
     return prompt._replace(messages=tuple(messages))
 
 
+@functools.cache
+def _fetchers() -> Executor:
+    """Threads of their own: slow servers must not hold up the look-ups of names."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(_FETCHING_AT_ONCE, "fetch")
+
+
+async def _in_a_thread(work: Callable[..., T], *args: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_fetchers(), work, *args)
+
+
 def _wants_bytes(media: Media, protocol: ApiProtocol, traits: Traits) -> bool:
     on_chat = protocol is ApiProtocol.CHAT_COMPLETIONS and media.kind != "image"
     return on_chat or not traits.fetches_urls
@@ -10951,13 +11211,16 @@ def is_public(address: str) -> bool:
     return bool((mapped_ip or ip).is_global and not ip.is_multicast)
 
 
-def fetch_media(url: str, allowed: Callable[[str], bool]) -> tuple[str, bytes]:
-    """The media type and the bytes at a URL. Blocks. Raises BadRequest."""
+def fetch_media(
+    url: str, allowed: Callable[[str], bool], most: int = _FETCH_BYTES
+) -> tuple[str, bytes]:
+    """The media type and the bytes at a URL, at most so many. Blocks. Raises BadRequest."""
     until = time.monotonic() + _FETCH_S
     for _ in range(_FETCH_HOPS):
-        status, headers, body = _fetch_once(url, allowed, until)
+        status, headers, body = _fetch_once(url, allowed, until, most)
         if status in (301, 302, 303, 307, 308) and headers.get("location"):
-            url = urljoin(url, headers["location"])
+            with suppress(ValueError):
+                url = urljoin(url, headers["location"])
             continue
         if status != 200:
             raise _unfetched(url, f"the server answered {status}")
@@ -10966,12 +11229,16 @@ def fetch_media(url: str, allowed: Callable[[str], bool]) -> tuple[str, bytes]:
 
 
 def _fetch_once(
-    url: str, allowed: Callable[[str], bool], until: float
+    url: str, allowed: Callable[[str], bool], until: float, most: int
 ) -> tuple[int, Headers, bytes]:
     import http.client
     import ssl
 
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  raises, too
+    except ValueError as exc:
+        raise _unfetched(url, f"it is no URL: {exc}") from None
     if parts.scheme != "https" or not parts.hostname:
         raise _unfetched(url, "only https:// URLs are fetched", "blocked_url")
     try:
@@ -10989,23 +11256,29 @@ def _fetch_once(
             )
             connection.request("GET", path, headers={"accept": "*/*", "user-agent": "bitrouter"})
             response = connection.getresponse()
-            body = _read_until(response, until, url)
+            body = _read_until(response, tls, until, url, most)
             headers = {name.lower(): value for name, value in response.getheaders()}
             return response.status, headers, body
     except (OSError, ValueError, http.client.HTTPException) as exc:
         raise _unfetched(url, f"{exc.__class__.__name__}: {exc}") from None
 
 
-def _read_until(response: http.client.HTTPResponse, until: float, url: str) -> bytes:
-    pieces, size = [], 0
-    while piece := response.read(64 * 1024):
+def _read_until(
+    response: http.client.HTTPResponse, tls: socket.socket, until: float, url: str, most: int
+) -> bytes:
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        tls.settimeout(max(0.01, until - time.monotonic()))
+        piece = response.read1(64 * 1024)
+        if not piece:
+            return b"".join(pieces)
         pieces.append(piece)
         size += len(piece)
-        if size > _FETCH_BYTES:
-            raise _unfetched(url, f"it holds more than {_FETCH_BYTES >> 20} MB")
+        if size > most:
+            raise _unfetched(url, f"there is more than {most >> 20} MB")
         if time.monotonic() > until:
             raise _unfetched(url, f"it takes more than {_FETCH_S:g} s")
-    return b"".join(pieces)
 
 
 def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadRequest:
@@ -11058,8 +11331,8 @@ class App:
         self.random = random.Random()  # noqa: S311  ids and jitter, not secrets
         self.started_at = time.monotonic()
         self.no_usage_option: set[str] = set()
-        self.refused: dict[tuple[str, str], set[str]] = {}
-        self.states = Memory(20_000, 20_000, 3600.0)
+        self.refused = Memory(4_096, 4_096, 3600.0)
+        self.states = Memory(20_000, 64 * 1024 * 1024, 3600.0)
         self.turns = Memory(2_000, 64 * 1024 * 1024, 3600.0)
         self.may_fetch_from: Callable[[str], bool] = is_public
         self.draining = False
@@ -11729,7 +12002,11 @@ class Call:
             if self.document is None:
                 raise BadRequest("this path takes a JSON body")
             prompt = self.codec.parse_request(self.document.value)
-            messages = (*(self.history or ()), *prompt.messages)
+            messages = prompt.messages
+            if self.op is RESPONSES_OP:
+                told = 1 if self.document.value.get("instructions") else 0
+                joined = (*messages[:told], *(self.history or ()), *messages[told:])
+                messages = with_named_results(joined)
             self._prompt = prompt._replace(model=self.model, stream=self.stream, messages=messages)
         return self._prompt
 
@@ -11763,17 +12040,30 @@ async def exchange(app: App, call: Call, reply: Reply, target: Target) -> None:
             return
     else:
         outgoing = _untranslated(app, call, target)
-    while True:
-        try:
-            await _send(app, call, reply, target, outgoing)
-        except StaleConnection:  # no byte had come back, so nobody has seen the request
-            await _send(app, call, reply, target, outgoing, fresh=True)
-        translation = outgoing.translation
-        if translation is None or not translation.paused:
-            break
+    try:
+        await _send(app, call, reply, target, outgoing)
+    except StaleConnection:  # no byte had come back, so nobody has seen the request
+        await _send(app, call, reply, target, outgoing, fresh=True)
+    translation = outgoing.translation
+    if translation is None:
+        return
+    while translation.paused:
         outgoing = _resumed(call, target, outgoing, translation)
-    if translation is not None and call.broke is None:
+        await _go_on(app, call, reply, target, outgoing)
+    if call.broke is None:
         _remember(app, call, translation)
+
+
+async def _go_on(app: App, call: Call, reply: Reply, target: Target, outgoing: _Outgoing) -> None:
+    """Let a model go on that has paused. If that fails, a stream that has begun ends with it."""
+    try:
+        await _send(app, call, reply, target, outgoing, fresh=True)
+    except UpstreamError as error:
+        if outgoing.translation is None or not reply.status:
+            raise
+        reply.write(outgoing.translation.fail(error))
+        reply.end()
+        call.broke = error
 
 
 def _untranslated(app: App, call: Call, target: Target) -> _Outgoing:
@@ -11943,7 +12233,7 @@ async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
     prompt, protocol, traits = call.prompt, target.protocol, target.traits
     losses = call.losses = Losses()
     prompt = _recalled(app, call, prompt)
-    refused = app.refused.get((target.provider, target.model), set())
+    refused = refused_by(app, target)
     if refused & _FORMAT_FIELDS:
         traits = traits._replace(schema="prompt")
     if "max_tokens_field" in refused:
@@ -11953,8 +12243,11 @@ async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
     prompt, undo = adapt(prompt._replace(model=target.model), protocol, traits, losses)
     prompt = await with_fetched_media(prompt, protocol, traits, app.may_fetch_from)
     count = 1
+    if prompt.sampling.n > _MAX_FAN_OUT and protocol is not ApiProtocol.CHAT_COMPLETIONS:
+        said = f"n: at most {_MAX_FAN_OUT} choices can be had of this model's provider"
+        raise UpstreamUnfit(said, code="unsupported_parameter", param="n")
     if prompt.sampling.n > 1 and not (protocol in _MAKE_MANY and traits.many):
-        count = min(prompt.sampling.n, _MAX_FAN_OUT)
+        count = prompt.sampling.n
         losses.add("fanned_out", "n", harmful=False)
         prompt = prompt._replace(stream=False, sampling=prompt.sampling._replace(n=1))
     body = CODECS[protocol].render_request(prompt, traits, losses)
@@ -11966,7 +12259,13 @@ async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
     if protocol is ApiProtocol.GENERATE_CONTENT and prompt.stream:
         op, query = GEMINI_VERBS["streamGenerateContent"], "alt=sse"
     raw = _request(call, target, op.suffix, query, compact(body), "application/json")
-    return _Outgoing(raw, _translation(app, call, target, undo), body, count)
+    return _Outgoing(raw, _translation(app, call, target, undo, count), body, count)
+
+
+def refused_by(app: App, target: Target) -> frozenset[str]:
+    """The fields that a target's model has refused of late."""
+    known = app.refused.get((target.provider, target.model), time.monotonic())
+    return known or frozenset()
 
 
 _FORMAT_FIELDS = frozenset({"response_format", "text", "output_config"})
@@ -11986,7 +12285,7 @@ def _refuse_losses(call: Call, losses: Losses) -> None:
         )
 
 
-def _translation(app: App, call: Call, target: Target, undo: Undo) -> Translation:
+def _translation(app: App, call: Call, target: Target, undo: Undo, times: int) -> Translation:
     return Translation(
         CODECS[target.protocol],
         call.codec,
@@ -11996,6 +12295,7 @@ def _translation(app: App, call: Call, target: Target, undo: Undo) -> Translatio
         target.traits.vendor,
         functools.partial(_told_in_band, target),
         as_array=call.as_array,
+        **({} if times == 1 else {"pauses": 0}),
     )
 
 
@@ -12006,8 +12306,7 @@ def _recalled(app: App, call: Call, prompt: Prompt) -> Prompt:
     """A prompt with the reasoning that led to its calls, where the caller's client dropped it."""
     messages = []
     for message in prompt.messages:
-        kinds = {type(part) for part in message.content}
-        if message.role == "assistant" and ToolCall in kinds and Reasoning not in kinds:
+        if message.role == "assistant":
             message = _with_state(app, call, message)
         if call.no_reasoning:
             kept = tuple(p for p in message.content if not isinstance(p, Reasoning))
@@ -12018,16 +12317,24 @@ def _recalled(app: App, call: Call, prompt: Prompt) -> Prompt:
 
 
 def _with_state(app: App, call: Call, message: Message) -> Message:
-    """Reasoning goes first in a turn, or else right before the call that it led to."""
+    """The assistant's message with what we remember of its calls: reasoning goes first in it, or
+    else right before the call that it led to. What the client kept counts, unless all is known:
+    some protocols do not keep the order."""
+    calls = [part for part in message.content if isinstance(part, ToolCall)]
+    kept = any(isinstance(part, Reasoning) for part in message.content)
+    now = time.monotonic()
+    known = {c.id: app.states.get((call.caller, c.id), now) for c in calls}
+    if not any(known.values()) or (kept and (len(calls) == 1 or not all(known.values()))):
+        return message
     content: list[Content] = []
     first = True
     for part in message.content:
-        if isinstance(part, ToolCall) and part.opaque is None:
-            known = app.states.get((call.caller, part.id), time.monotonic())
-            before, state = known or ((), None)
+        if isinstance(part, ToolCall):
+            before, state = known[part.id] or ((), None)
             content = [*before, *content] if first else [*content, *before]
-            part, first = part._replace(opaque=state), False
-        content.append(part)
+            part, first = part._replace(opaque=part.opaque or state), False
+        if not isinstance(part, Reasoning):
+            content.append(part)
     return message._replace(content=tuple(content))
 
 
@@ -12038,13 +12345,17 @@ def _remember(app: App, call: Call, translation: Translation) -> None:
     for block in answer:
         if isinstance(block, ToolCall):
             if block.opaque or any(one.opaque for one in before):
-                app.states.put((call.caller, block.id), (tuple(before), block.opaque), now)
+                kept = (tuple(before), block.opaque)
+                app.states.put((call.caller, block.id), kept, now, weight_of([*before, block]))
             before = []
         elif isinstance(block, Reasoning):
             before.append(block)
     if call.op is RESPONSES_OP and call.prompt.store is not False:
-        turn = (*call.prompt.messages, Message("assistant", answer))
-        size = sum(len(text_of(block)) for block in answer) + size_of(call.prompt)
+        # wire: instructions hold for one response; the next one brings its own
+        body = call.document.value if call.document else {}
+        said = call.prompt.messages[1 if body.get("instructions") else 0 :]
+        turn = (*said, Message("assistant", answer))
+        size = sum(weight_of(message.content) for message in turn)
         app.turns.put((call.caller, translation.answer_id), turn, now, size)
 
 
@@ -12484,9 +12795,9 @@ async def count_tokens(app: App, call: Call, reply: Reply, chain: tuple[Target, 
                 await exchange(app, call, reply, target)
                 return
             count = await _counted_there(app, call, target)
-        except UpstreamRejected:
-            raise
         except UpstreamError as error:
+            if error.status in _ABOUT_THE_PROMPT:
+                raise
             log.info("count_tokens_estimated target=%s reason=%s", target.name, error.message)
         else:
             headers = JSON_HEADERS | served_by(call, target)
@@ -12496,6 +12807,9 @@ async def count_tokens(app: App, call: Call, reply: Reply, chain: tuple[Target, 
     prompt = _prompt_to_count(call)
     headers = JSON_HEADERS | served_by(call, target) | _estimated()
     reply.send(200, compact(_rendered_count(call, -(-size_of(prompt) // 4))), headers)
+
+
+_ABOUT_THE_PROMPT = (400, 413, 422)  # a refusal to count with another status is about counting
 
 
 def _estimated() -> Headers:
@@ -12513,7 +12827,7 @@ def _prompt_to_count(call: Call) -> Prompt:
 async def _counted_there(app: App, call: Call, target: Target) -> int:
     prompt, protocol = _prompt_to_count(call), target.protocol
     if protocol is ApiProtocol.RESPONSES and not target.traits.official:
-        raise UpstreamUnfit("only OpenAI itself counts tokens")
+        raise UpstreamGarbled("of those who speak Responses, only OpenAI itself counts tokens")
     losses = call.losses = Losses()
     prompt, _ = adapt(prompt._replace(model=target.model), protocol, target.traits, losses)
     body = CODECS[protocol].render_request(prompt, target.traits, losses)
@@ -12670,12 +12984,14 @@ def _refuses_usage_option(app: App, call: Call, target: Target, error: UpstreamE
 def _where_it_works(app: App, call: Call, target: Target) -> Target:
     """The target, spoken to in the protocol in which its model does what is asked."""
     other = ApiProtocol.RESPONSES
-    if call.op is not CHAT_OP or not (target.may_need_responses or app.refused):
+    if not (target.may_need_responses or len(app.refused)) or not call.op.translates:
         return target
-    if other not in target.others or target.protocol is other:
+    on_chat = target.protocol is ApiProtocol.CHAT_COMPLETIONS
+    if other not in target.others or not on_chat:
         return target
-    learned = _TOOLS_REFUSED in app.refused.get((target.provider, target.model), ())
-    known = target.may_need_responses and prefers_responses(target.model, call.prompt)
+    learned = _TOOLS_REFUSED in refused_by(app, target)
+    body = call.document.value if call.document else {}
+    known = target.may_need_responses and prefers_responses(target.model, call.op.protocol, body)
     return at_protocol(target, other) if learned or known else target
 
 
@@ -12686,6 +13002,12 @@ _TOOLS_REFUSED_TEXT = re.compile(
 _BOUND_TEXT = re.compile(
     r"signature|bound to a different|thinking.{0,40}block", re.IGNORECASE | re.DOTALL
 )
+# A refusal of a field, not of its value.
+_UNKNOWN_TEXT = re.compile(
+    r"unsupported|not support|unknown|unrecognized|unexpected|extra inputs|not permitted|"
+    r"not allowed|no longer|deprecated|does not (take|accept|exist)|cannot (find field|be used)",
+    re.IGNORECASE,
+)
 _QUOTED_NAME = re.compile(r"[`'\"]([A-Za-z_]+)(?:\.[A-Za-z_.]+)?[`'\"]")
 _NEEDED = {"model", "messages", "input", "contents", "tools", "stream", "system", "instructions"}
 
@@ -12695,27 +13017,31 @@ def _learned(app: App, call: Call, target: Target, error: UpstreamError) -> bool
     what a model has refused is not sent to it again."""
     if not isinstance(error, UpstreamRejected) or error.status != 400:
         return False
-    known = app.refused.setdefault((target.provider, target.model), set())
-    before = len(known)
-    if call.op is CHAT_OP and _TOOLS_REFUSED_TEXT.search(error.message):
-        if ApiProtocol.RESPONSES in target.others and target.protocol is not ApiProtocol.RESPONSES:
-            known.add(_TOOLS_REFUSED)
+    known, more = refused_by(app, target), frozenset[str]()
+    if _TOOLS_REFUSED_TEXT.search(error.message):
+        on_chat = target.protocol is ApiProtocol.CHAT_COMPLETIONS
+        if on_chat and ApiProtocol.RESPONSES in target.others:
+            more = frozenset({_TOOLS_REFUSED})
     elif not call.translates(target):
         return False
     elif target.protocol is ApiProtocol.MESSAGES and _BOUND_TEXT.search(error.message):
         again, call.no_reasoning = not call.no_reasoning, True
         return again
-    else:
-        known |= _fields_to_do_without(error.message, target)
-    return len(known) > before
+    elif _UNKNOWN_TEXT.search(error.message):
+        more = _fields_to_do_without(error.message, target)
+    if more <= known:
+        return False
+    key = (target.provider, target.model)
+    app.refused.put(key, known | more, time.monotonic(), 1)
+    return True
 
 
-def _fields_to_do_without(message: str, target: Target) -> set[str]:
+def _fields_to_do_without(message: str, target: Target) -> frozenset[str]:
     names = {found[1] for found in _QUOTED_NAME.finditer(message)} - _NEEDED
     limits = {"max_tokens", "max_completion_tokens"}
     if names & limits and target.protocol is ApiProtocol.CHAT_COMPLETIONS:
-        return {"max_tokens_field"}
-    return {name for name in names - limits if name in _OPTIONAL}
+        return frozenset({"max_tokens_field"})
+    return frozenset(name for name in names - limits if name in _OPTIONAL)
 
 
 # Fields that we may have written of our own accord or spelt in our own way.

@@ -1,30 +1,54 @@
-"""OpenAI Chat Completions: usage, errors, the signs of life of a stream."""
+"""OpenAI Chat Completions: requests, answers, errors, the signs of life of a stream."""
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from support import slices
 
 from bitrouter import (
     CHAT,
     AnswerLabel,
+    ApiProtocol,
     BadRequest,
     BitrouterError,
+    Block,
+    Choice,
+    Citation,
+    Content,
+    Delta,
     Finish,
     Finished,
+    Gatherer,
     Kind,
+    Loss,
+    Losses,
+    Media,
+    Message,
+    Opaque,
+    Open,
+    OutputFormat,
     Prompt,
+    Reasoning,
+    Refusal,
+    Sampling,
     SseEvent,
     StreamPart,
-    StreamRelay,
     StreamState,
-    TextDelta,
+    Text,
+    Thinking,
+    Tool,
     ToolCall,
+    ToolChoice,
+    ToolResult,
+    Traits,
     UpstreamError,
+    UpstreamUnfit,
     Usage,
+    parts_of,
 )
 
 
@@ -276,26 +300,498 @@ def test_an_answer_without_choices_is_no_answer(body: Any) -> None:
     assert CHAT.what_is_missing(body) == "choices"
 
 
-# --- what the built-in model says in this protocol
+# --- requests that come in
 
-PARTS: list[StreamPart] = [
-    TextDelta("He"),
-    TextDelta("llo"),
-    ToolCall("call_1", "f", "{}"),
-    ToolCall("call_2", "g", "{}"),
+PORT: dict[str, Any] = {"type": "object", "properties": {"port": {}}, "required": ["port"]}
+SCHEMA = {**PORT, "additionalProperties": False}
+FUNCTION = {"name": "tide", "description": "d", "parameters": SCHEMA, "strict": True}
+TIDE = Tool("tide", "d", SCHEMA, True)
+GRAMMAR = {"type": "grammar", "syntax": "lark", "definition": "start: A"}
+SPELT_GRAMMAR = {"type": "grammar", "grammar": {"syntax": "lark", "definition": "start: A"}}
+SQL = Tool("sql", kind="custom", format=GRAMMAR)
+CUSTOM = {"type": "custom", "custom": {"name": "sql", "format": SPELT_GRAMMAR}}
+PNG = "iVBORw0KGgo="
+WAV = Media("audio", "audio/wav", "UklGRg==")
+PDF = Media("document", "application/pdf", "JVBERi0=", name="a.pdf")
+GIF = Media("image", "image/gif", url="https://x.example/a.gif")
+
+
+def asked(*content: Any, **more: Any) -> Prompt:
+    return Prompt("m", (Message("user", content or (Text("hi"),)),), **more)
+
+
+def parsed(*messages: Any, **fields: Any) -> Prompt:
+    said = list(messages) or [{"role": "user", "content": "hi"}]
+    return CHAT.parse_request({"model": "m", "messages": said, **fields})
+
+
+def named(*names: str, mode: str = "auto") -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+CHOSEN = ToolChoice("named", ("f",))
+OUTPUT = OutputFormat("json_schema", "o", "d", SCHEMA, True)
+SHAPE = {"name": "o", "description": "d", "schema": SCHEMA, "strict": True}
+FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    # what is asked, what it means
+    ({"stream": True}, {"stream": True}),
+    ({"stream_options": {"include_usage": True}}, {"wants_usage": True}),
+    ({"max_tokens": 5}, {"max_tokens": 5}),
+    ({"max_tokens": 5, "max_completion_tokens": 0}, {"max_tokens": 0}),
+    ({"stop": "END"}, {"sampling": Sampling(stop=("END",))}),
+    (
+        {"temperature": 0, "top_p": 0.5, "top_k": 4, "seed": -1, "n": 2, "stop": ["a", "b"],
+         "presence_penalty": -1, "frequency_penalty": 2, "logit_bias": {"5": 1}},
+        {"sampling": Sampling(0, 0.5, 4, -1, -1, 2, {"5": 1}, ("a", "b"), 2)},
+    ),
+    ({"logprobs": True}, {"sampling": Sampling(logprobs=0)}),
+    ({"logprobs": True, "top_logprobs": 3}, {"sampling": Sampling(logprobs=3)}),
+    ({"logprobs": False, "n": None, "seed": None}, {}),
+    ({"tools": [{"type": "function", "function": FUNCTION}, CUSTOM]}, {"tools": (TIDE, SQL)}),
+    ({"tool_choice": "required"}, {"tool_choice": ToolChoice("required")}),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, {"tool_choice": CHOSEN}),
+    ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, {"tool_choice": CHOSEN}),
+    ({"tool_choice": named("f", "g")}, {"tool_choice": ToolChoice("allowed", ("f", "g"))}),
+    ({"tool_choice": named("f", mode="required")},
+     {"tool_choice": ToolChoice("allowed", ("f",), True)}),
+    ({"parallel_tool_calls": False}, {"parallel_tools": False}),
+    ({"functions": [FUNCTION], "function_call": {"name": "tide"}},
+     {"tools": (TIDE,), "tool_choice": ToolChoice("named", ("tide",)), "legacy_functions": True}),
+    ({"response_format": {"type": "text"}}, {}),
+    ({"response_format": {"type": "json_object"}}, {"output": OutputFormat("json_object")}),
+    ({"response_format": {"type": "json_schema", "json_schema": SHAPE}}, {"output": OUTPUT}),
+    ({"reasoning_effort": "low"}, {"thinking": Thinking("low", visible=True)}),
+    ({"reasoning_effort": "none"}, {"thinking": Thinking("none", visible=False)}),
+    ({"reasoning": {"max_tokens": 9, "exclude": True}},
+     {"thinking": Thinking("", 9, visible=False)}),
+    ({"reasoning": {"enabled": False}}, {"thinking": Thinking("none", visible=False)}),
+    ({"verbosity": "low", "service_tier": "flex"}, {"verbosity": "low", "tier": "flex"}),
+    ({"user": "u", "safety_identifier": "s"}, {"user": "s"}),
+    ({"user": "u", "prompt_cache_key": "k"}, {"user": "u", "cache_key": "k"}),
+    ({"metadata": {"a": "b"}, "store": True}, {"metadata": {"a": "b"}, "store": True}),
+    ({"foo": {"a": 1}, "bar": None}, {"extra": {"foo": {"a": 1}}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "meaning"), FIELDS)
+def test_a_request_becomes_a_prompt(fields: Any, meaning: dict[str, Any]) -> None:
+    assert parsed(**fields) == asked(wants_usage=False)._replace(**meaning)
+
+
+def call(name: str = "tide", ident: str = "c1", text: Any = "{}", **more: Any) -> dict[str, Any]:
+    return {"id": ident, "type": "function", "function": {"name": name, "arguments": text}, **more}
+
+
+def said(content: Any = None, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": content, **more}
+
+
+def a(kind: str, **facts: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [{"type": kind, **facts}]}
+
+
+IMAGE = Media("image", "image/png", PNG, detail="low")
+IMAGE_URL = {"url": f"data:image/png;base64,{PNG}", "detail": "low"}
+DATA_URL = "data:application/pdf;base64,JVBERi0="
+SQL_CALL = {"id": "c", "type": "custom", "custom": {"name": "sql", "input": "select"}}
+SIGNED = {"google": {"thought_signature": "c2ln"}}
+MESSAGES: list[tuple[dict[str, Any], list[Content]]] = [
+    (a("text", text="t"), [Text("t")]),
+    ({"role": "user", "content": None}, []),
+    (a("text", text="t", cache_control={"type": "ephemeral"}), [Text("t", cache="5m")]),
+    (a("image_url", image_url=IMAGE_URL), [IMAGE]),
+    (a("image_url", image_url="https://x.example/a.gif"), [GIF]),
+    (a("input_audio", input_audio={"data": "UklGRg==", "format": "wav"}), [WAV]),
+    (a("file", file={"file_data": DATA_URL, "filename": "a.pdf"}), [PDF]),
+    (a("file", file={"file_data": "JVBERi0=", "filename": "a.pdf"}), [PDF]),
+    (a("file", file={"file_id": "f"}), [Media("document", file_id="f", vendor="openai")]),
+    (said(refusal="no"), [Refusal("no")]),
+    (said([{"type": "refusal", "refusal": "no"}]), [Refusal("no")]),
+    (said("t", reasoning_content="hm"), [Reasoning("hm"), Text("t")]),
+    # what SDKs add to a message of theirs
+    (said("t", refusal=None, annotations=None, audio=None, function_call=None, parsed=None),
+     [Text("t")]),
+    (said(tool_calls=[call(index=0, parsed=None)]), [ToolCall("c1", "tide", "{}")]),
+    (said(tool_calls=[call(text={"a": 1})]), [ToolCall("c1", "tide", '{"a": 1}')]),
+    (said(tool_calls=[SQL_CALL]), [ToolCall("c", "sql", "select", True)]),
+    (said(tool_calls=[call(extra_content={**SIGNED, "via": "bitrouter:google"})]),
+     [ToolCall("c1", "tide", "{}", opaque=Opaque("google", "thought", "c2ln"))]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "content"), MESSAGES)
+def test_a_message_is_made_of_parts(message: Any, content: list[Any]) -> None:
+    assert parsed(message).messages == (Message(message["role"], tuple(content)),)
+
+
+def test_results_know_the_tools_that_they_come_from() -> None:
+    calls = {"role": "assistant", "tool_calls": [call(), call("moon", "c2")]}
+    results = [
+        {"role": "tool", "tool_call_id": "c2", "content": [{"type": "text", "text": "full"}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "low"},
+    ]
+    _, moon, tide = parsed(calls, *results).messages
+    assert moon == Message("user", (ToolResult("c2", (Text("full"),), name="moon"),))
+    assert tide == Message("user", (ToolResult("c1", (Text("low"),), name="tide"),))
+
+
+def test_a_function_s_result_belongs_to_its_latest_call() -> None:
+    def turn(said: str) -> list[dict[str, Any]]:
+        legacy = {"name": "tide", "arguments": said}
+        answer = {"role": "function", "name": "tide", "content": said}
+        return [{"role": "assistant", "content": None, "function_call": legacy}, answer]
+
+    contents = [m.content[0] for m in parsed(*turn("1"), *turn("2")).messages]
+    ids = [getattr(one, "id", getattr(one, "call_id", "")) for one in contents]
+    assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
+def test_roles_and_names_are_kept_in_place() -> None:
+    given = [
+        {"role": role, "content": role, "name": "n"} for role in ("user", "system", "developer")
+    ]
+    assert [(m.role, m.name) for m in parsed(*given).messages] == [(m["role"], "n") for m in given]
+
+
+USER = {"role": "user", "content": "hi"}
+ORPHAN = {"role": "tool", "tool_call_id": "c", "content": "x"}
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [USER, 5]}, "messages[1]"),
+    ({"messages": [USER, {"role": "robot"}]}, "messages[1].role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    ({"messages": [a("image_url", image_url={})]}, "messages[0].content[0].image_url.url"),
+    ({"messages": [a("input_audio", input_audio={})]}, "messages[0].content[0].input_audio.data"),
+    ({"messages": [a("film")]}, "messages[0].content[0].type"),
+    ({"messages": [USER, {"role": "tool", "content": "x"}]}, "messages[1].tool_call_id"),
+    ({"messages": [USER, ORPHAN]}, "messages[1].tool_call_id"),
+    ({"messages": [said(tool_calls=[{"function": {"name": "f"}}])]},
+     "messages[0].tool_calls[0].id"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"max_tokens": -1}, "max_tokens"),
+    ({"n": 1.5}, "n"),
+    ({"stop": ["a", 5]}, "stop[1]"),
+    ({"logit_bias": []}, "logit_bias"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function"),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools[0].name"),
+    ({"tools": [{"type": "custom", "custom": {}}]}, "tools[0].custom.name"),
+    ({"tool_choice": "always"}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function.name"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+    ({"reasoning_effort": 5}, "reasoning_effort"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD)
+def test_what_cannot_be_read_is_refused_by_name(fields: Any, param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        CHAT.parse_request({"model": "m", "messages": [USER], **fields})
+    assert caught.value.param == param and param in caught.value.message
+
+
+# --- requests that go out
+
+ALL_SAMPLING = Sampling(1.5, 0.5, None, 7, -1.0, 1.0, {"5": 1}, ("END",), 2, 3)
+STATE = Opaque("chat:?", "reasoning.text|x", "c2ln")
+CONVERSATION = (
+    Message("system", (Text("s"),)),
+    Message("developer", (Text("d"),), "n"),
+    Message("user", (Text("t"), IMAGE, WAV, PDF)),
+    Message("assistant", (Reasoning("hm", STATE), Text("t"), ToolCall("c1", "tide", "{}"))),
+    Message("user", (ToolResult("c1", (Text("low"),), name="tide"),)),
+    Message("assistant", (ToolCall("c2", "sql", "select", True),)),
+    Message("user", (ToolResult("c2", (Text("1"),), name="sql"),)),
+    Message("assistant", (Refusal("no"),)),
+)
+ROUND_TRIPS = {
+    "sampling": asked(sampling=ALL_SAMPLING, max_tokens=9),
+    "a stream": asked(stream=True),
+    "tools": asked(tools=(TIDE, SQL), tool_choice=ToolChoice("auto"), parallel_tools=False),
+    "a named tool": asked(tools=(TIDE,), tool_choice=ToolChoice("named", ("tide",))),
+    "allowed tools": asked(tools=(TIDE,), tool_choice=ToolChoice("allowed", ("tide",), True)),
+    "a schema": asked(output=OUTPUT),
+    "JSON": asked(output=OutputFormat("json_object")),
+    "how to answer": asked(thinking=Thinking("low", visible=True), verbosity="high", tier="flex"),
+    "whose it is": asked(user="u", cache_key="k", metadata={"a": "b"}, store=False),
+    "an unknown field": asked(extra={"foo": [1]}),
+    "a conversation": Prompt("m", CONVERSATION),
+}
+OFFICIAL = Traits(official=True, developer_role=True, max_tokens_field="max_completion_tokens")
+
+
+def sent(prompt: Prompt, traits: Traits = OFFICIAL, losses: Losses | None = None) -> dict[str, Any]:
+    body = CHAT.render_request(prompt, traits, losses or Losses())
+    return dict(json.loads(json.dumps(body)))
+
+
+@pytest.mark.parametrize("prompt", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+def test_all_that_the_protocol_can_say_survives_it(prompt: Prompt) -> None:
+    back = CHAT.parse_request(sent(prompt))
+    assert back == prompt._replace(wants_usage=prompt.stream)
+
+
+@pytest.mark.xfail(strict=True, reason="a choice of a custom tool goes out as one of a function")
+def test_a_custom_tool_is_chosen_as_one() -> None:
+    prompt = asked(tools=(SQL,), tool_choice=ToolChoice("named", ("sql",)))
+    assert sent(prompt)["tool_choice"] == {"type": "custom", "custom": {"name": "sql"}}
+
+
+NO_ARGUMENTS = {"name": "f", "parameters": {"type": "object", "properties": {}}}
+THOUGHT = Prompt("m", (Message("assistant", (Reasoning("hm"), Text("t"))),))
+WITH_TRAITS: list[tuple[Prompt, Traits, dict[str, Any]]] = [
+    # prompt, target, what it is sent
+    (asked(max_tokens=5), Traits(), {"max_tokens": 5}),
+    (asked(max_tokens=5), OFFICIAL, {"max_completion_tokens": 5}),
+    (asked(user="u"), Traits(), {"user": "u"}),
+    (asked(user="u"), OFFICIAL, {"safety_identifier": "u"}),
+    (asked(thinking=Thinking("max")), Traits(efforts=("low",)), {"reasoning_effort": "low"}),
+    (asked(thinking=Thinking("none")), Traits(efforts=("high",)), {"reasoning_effort": "high"}),
+    (asked(stream=True, wants_usage=False), Traits(), {"stream_options": {"include_usage": True}}),
+    (asked(extra={"foo": 1}), Traits(), {"foo": 1}),
+    (asked(tools=(Tool("f"),)), Traits(),
+     {"tools": [{"type": "function", "function": NO_ARGUMENTS}]}),
+    (Prompt("m", (Message("developer", (Text("d"),)),)), Traits(),
+     {"messages": [{"role": "system", "content": "d"}]}),
+    (THOUGHT, Traits(), {"messages": [said("t")]}),
+    (THOUGHT, Traits(echoes_reasoning=True), {"messages": [said("t", reasoning_content="hm")]}),
+    (Prompt("m", (Message("assistant", (ToolCall("c", "f"),)),)), Traits(),
+     {"messages": [said(tool_calls=[call("f", "c")])]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "traits", "wanted"), WITH_TRAITS)
+def test_a_target_is_asked_in_its_own_way(prompt: Prompt, traits: Traits, wanted: Any) -> None:
+    body = sent(prompt, traits)
+    assert {key: body.get(key) for key in wanted} == wanted
+    spare = {"max_tokens", "max_completion_tokens", "user", "safety_identifier"} - {*wanted}
+    assert spare.isdisjoint(body) and None not in body.values()
+
+
+@pytest.mark.parametrize("field", ["tool_choice", "parallel_tool_calls", "foo"])
+def test_what_makes_no_sense_there_is_not_sent(field: str) -> None:
+    prompt = asked(source=ApiProtocol.MESSAGES, tool_choice=ToolChoice("auto"))
+    assert field not in sent(prompt._replace(parallel_tools=False, extra={"foo": 1}))
+
+
+def test_a_strict_schema_is_closed_or_else_not_strict() -> None:
+    losses, open_ended = Losses(), {"type": "object", "properties": {"a": {}}}
+    output = OUTPUT._replace(schema=PORT)
+    closed = sent(asked(output=output), losses=losses)["response_format"]["json_schema"]
+    assert closed["schema"] == SCHEMA and not losses.found
+    output = OUTPUT._replace(schema=open_ended, name="two words")
+    loose = sent(asked(output=output), losses=losses)["response_format"]["json_schema"]
+    assert (loose["name"], loose["strict"], loose["schema"]) == ("two_words", False, open_ended)
+    assert losses.found == [Loss("strict_schema_unsupported", "response_format")]
+
+
+def test_what_a_result_shows_comes_after_the_last_result() -> None:
+    failed = ToolResult("c2", (Text("no"),), is_error=True)
+    results = Message("user", (ToolResult("c1", (Text("see"), IMAGE)), failed))
+    messages = (results, Message("user", (Text("well?"),)))
+    one, other, shown, after = sent(Prompt("m", messages))["messages"]
+    assert one["content"].startswith("see\n[the file") and other["content"] == "Error: no"
+    assert [part["type"] for part in shown["content"]] == ["text", "image_url"]
+    assert (one["role"], other["role"], shown["role"]) == ("tool", "tool", "user")
+    assert after == {"role": "user", "content": "well?"}
+
+
+@pytest.mark.parametrize(
+    "media", [Media("video", "video/mp4", "AAAA"), Media("image", file_id="f")]
+)
+def test_media_that_have_no_place_make_the_target_unfit(media: Media) -> None:
+    with pytest.raises(UpstreamUnfit) as caught:
+        sent(asked(media))
+    assert (caught.value.code, caught.value.param) == ("unsupported_modality", media.kind)
+
+
+# --- answers that come in: accents of compatible servers
+
+
+def but(why: str, *values: Any, ident: str | None = None) -> Any:
+    """A row of a table; one that is not so yet if there is a reason why."""
+    marks = [pytest.mark.xfail(strict=True, reason=why)] if why else []
+    return pytest.param(*values, marks=marks, id=ident)
+
+
+def tool_delta(**facts: Any) -> dict[str, Any]:
+    return delta(role="assistant", tool_calls=[facts])
+
+
+def function(text: str, name: str | None = None) -> dict[str, Any]:
+    return {"arguments": text, **({"name": name} if name else {})}
+
+
+def gathered(parts: Iterable[StreamPart]) -> tuple[Block, ...]:
+    gatherer = Gatherer()
+    for part in parts:
+        gatherer.add(part)
+    return gatherer.choices()[0].content
+
+
+BOTH = (ToolCall("c1", "f", '{"a":1}'), ToolCall("c2", "g", "{}"))
+ACCENTS = {
+    "role, id and name in each chunk": [
+        tool_delta(index=0, id="c1", type="function", function=function('{"a":', "f")),
+        tool_delta(index=0, id="c1", type="function", function=function("1}", "f")),
+        tool_delta(index=1, id="c2", type="function", function=function("{}", "g")),
+    ],
+    "no index": [
+        tool_delta(id="c1", function=function('{"a":', "f")),
+        tool_delta(function=function("1}")),
+        tool_delta(id="c2", function=function("{}", "g")),
+    ],
+    "one index for all": [
+        tool_delta(index=0, id="c1", function=function('{"a":1}', "f")),
+        tool_delta(index=0, id="c2", function=function("{}", "g")),
+    ],
+    "indices from 1": [
+        tool_delta(index=1, id="c1", function=function('{"a":1}', "f")),
+        tool_delta(index=2, id="c2", function=function("{}", "g")),
+    ],
+    "the name again, without its id": [
+        tool_delta(index=0, id="c1", function=function('{"a":', "f")),
+        tool_delta(index=0, id=None, function=function("1}", "f")),
+        tool_delta(index=1, id="c2", function=function("{}", "g")),
+    ],
+    "both calls in one chunk": [
+        delta(tool_calls=[
+            {"index": 0, "id": "c1", "function": function('{"a":1}', "f")},
+            {"index": 0, "id": "c2", "function": function("{}", "g")},
+        ]),
+    ],
+}  # fmt: skip
+ENDING = delta(finish="stop")
+
+
+@pytest.mark.parametrize("chunks", ACCENTS.values(), ids=ACCENTS)
+def test_an_accent_is_understood(chunks: list[Any]) -> None:
+    decoder = CHAT.decoder("v")
+    assert gathered(p for c in [*copy.deepcopy(chunks), ENDING] for p in decoder.feed(c)) == BOTH
+
+
+def accumulated(chunks: Iterable[Any]) -> dict[str, Any]:
+    """The message that OpenAI's SDK makes of a stream: what has no index or type is added up."""
+
+    def add(old: dict[str, Any], new: dict[str, Any]) -> None:
+        for key, value in new.items():
+            if isinstance(value, list):
+                entries = old.setdefault(key, [])
+                for entry in value:
+                    entries += [{}] if entry["index"] == len(entries) else []
+                    add(entries[entry["index"]], entry)
+            elif isinstance(value, dict):
+                add(old.setdefault(key, {}), value)
+            elif key in ("index", "type") or old.get(key) is None:
+                old[key] = value
+            elif value is not None:
+                old[key] += value
+
+    message: dict[str, Any] = {}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            add(message, choice["delta"])
+    return message
+
+
+AGAIN = "the name again, without its id"
+MENDED = [but("the name is doubled" if n == AGAIN else "", c, ident=n) for n, c in ACCENTS.items()]
+
+
+@pytest.mark.parametrize("chunks", MENDED)
+def test_an_accent_is_mended_for_sdks(chunks: list[Any]) -> None:
+    state, mended = StreamState(), []
+    for chunk in copy.deepcopy([*chunks, ENDING]):
+        changed = CHAT.mend(state, chunk)
+        mended.append(chunk if changed is None else changed)
+    message = accumulated(mended)
+    calls = [
+        ToolCall(c["id"], c["function"]["name"], c["function"]["arguments"])
+        for c in message["tool_calls"]
+    ]
+    assert tuple(calls) == BOTH and message["role"] == "assistant"
+    assert mended[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+def mended_all(*chunks: Any) -> list[Any]:
+    state = StreamState()
+    return [CHAT.mend(state, chunk) for chunk in chunks]
+
+
+def test_what_is_well_stays_as_it_is() -> None:
+    first = delta(
+        role="assistant", tool_calls=[{"index": 0, "id": "c1", "function": function("", "f")}]
+    )
+    more = delta(tool_calls=[{"index": 0, "function": function("{}")}])
+    usage = {"choices": [], "usage": {"prompt_tokens": 1}}
+    assert mended_all(first, more, delta(finish="tool_calls"), usage) == [None] * 4
+
+
+def test_a_role_left_out_is_put_in_and_one_repeated_is_taken_out() -> None:
+    first, again = mended_all(delta(content="a"), delta(role="assistant", content="b"))
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
+    assert again["choices"][0]["delta"] == {"content": "b"}
+
+
+def test_nothing_travels_after_the_usage() -> None:
+    usage = {"choices": [], "usage": {"prompt_tokens": 1}}
+    assert mended_all(usage, {"choices": []}, dict(usage)) == [None, {}, None]
+
+
+def test_stop_after_calls_in_a_whole_answer_is_mended() -> None:
+    answer = {"choices": [{"message": {"tool_calls": [call()]}, "finish_reason": "stop"}]}
+    [changed] = mended_all(answer)
+    assert changed["choices"][0]["finish_reason"] == "tool_calls"
+
+
+ODD_DELTAS: list[tuple[list[dict[str, Any]], tuple[Block, ...]]] = [
+    ([{"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}]},
+      {"content": [{"type": "text", "text": "t"}]}], (Reasoning("hm"), Text("t"))),
+    ([{"reasoning": "h"}, {"reasoning_content": "m"}, {"content": "t"}],
+     (Reasoning("hm"), Text("t"))),
+    ([{"content": "t"}, {"reasoning": "hm"}], (Text("t"), Reasoning("hm"))),
+    ([{"function_call": {"name": "f", "arguments": "{"}}, {"function_call": {"arguments": "}"}}],
+     (ToolCall("", "f", "{}"),)),
+    ([{"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": {"a": 1}}}]}],
+     (ToolCall("c", "f", '{"a": 1}'),)),
+    ([{"tool_calls": [{"index": 0, "id": "c", "custom": {"name": "f", "input": "a"}}]},
+      {"tool_calls": [{"index": 0, "custom": {"input": "b"}}]}], (ToolCall("c", "f", "ab", True),)),
+    ([{"content": None, "refusal": "n"}, {"refusal": "o"}], (Refusal("no"),)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("deltas", "content"), ODD_DELTAS)
+def test_a_delta_of_any_kind_is_read(deltas: Any, content: tuple[Block, ...]) -> None:
+    decoder = CHAT.decoder("v")
+    fed = [part for one in deltas for part in decoder.feed(delta(**one))]
+    assert gathered([*fed, *decoder.finish()]) == content
+
+
+# --- answers that go out
+
+BLOCKS: list[Block] = [
+    Reasoning("hm", Opaque("anthropic", "signature", "c2ln")),
+    Text("Hello"),
+    ToolCall("call_1", "f", '{"a":1}'),
+    ToolCall("call_2", "g"),
 ]
-END = Finished(Finish.TOOL_CALLS, Usage(5, 2))
-LABEL = AnswerLabel("abc", 1_764_000_000)
+LABEL = AnswerLabel("abc", 1_764_000_000, "m")
+PLAIN = asked()
 
 
-def encoded(prompt: Prompt) -> bytes:
-    assert CHAT.encoder is not None
+def encoded(prompt: Prompt = PLAIN, blocks: Iterable[Block] = BLOCKS) -> bytes:
     encoder = CHAT.encoder(prompt, LABEL)
-    return b"".join([encoder.encode(part) for part in [*PARTS, END]])
+    parts = [part for key, block in enumerate(blocks) for part in parts_of(block, key)]
+    end = Finished(Finish.TOOL_CALLS)
+    return b"".join([*map(encoder.encode, [*parts, end]), encoder.end(Usage(5, 2))])
 
 
 def chunks_of(raw: bytes) -> list[Any]:
-    return [json.loads(e.removeprefix(b"data: ")) for e in raw.split(b"\n\n")[:-2]]
+    *events, done, nothing = raw.split(b"\n\n")
+    assert (done, nothing) == (b"data: [DONE]", b"")
+    return [json.loads(event.removeprefix(b"data: ")) for event in events]
 
 
 def deltas_of(raw: bytes) -> list[Any]:
@@ -303,60 +799,110 @@ def deltas_of(raw: bytes) -> list[Any]:
 
 
 def test_a_rendered_stream_says_each_role_id_and_name_once() -> None:
-    deltas = deltas_of(encoded(Prompt("m", "hi")))
+    deltas = deltas_of(encoded())
     calls = [call for d in deltas for call in d.get("tool_calls", [])]
+    opened = [(c["index"], c["id"], c["type"], c["function"]["name"]) for c in calls if "id" in c]
+    assert opened == [(0, "call_1", "function", "f"), (1, "call_2", "function", "g")]
     assert [d["role"] for d in deltas if "role" in d] == ["assistant"] and "role" in deltas[0]
-    assert [(c["index"], c["id"], c["function"]["name"]) for c in calls] == [
-        (0, "call_1", "f"),
-        (1, "call_2", "g"),
-    ]
+    assert sum("name" in c["function"] or "type" in c for c in calls) == 2
+
+
+def test_a_call_without_arguments_says_so() -> None:
+    calls = accumulated(chunks_of(encoded()))["tool_calls"]
+    assert [one["function"]["arguments"] for one in calls] == ['{"a":1}', "{}"]
 
 
 def test_a_rendered_stream_keeps_its_id_and_model() -> None:
-    chunks = chunks_of(encoded(Prompt("m", "hi")))
+    chunks = chunks_of(encoded())
     facts = {(c["id"], c["object"], c["created"], c["model"]) for c in chunks}
     assert facts == {("chatcmpl-abc", "chat.completion.chunk", 1_764_000_000, "m")}
+    assert all(isinstance(c["choices"], list) for c in chunks)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_usage_is_the_last_chunk_and_only_if_wanted(wanted: bool) -> None:
-    chunks = chunks_of(encoded(Prompt("m", "hi", wants_usage=wanted)))
-    usages = [c.get("usage") for c in chunks if c.get("usage")]
-    assert len(usages) == wanted and (chunks[-1]["choices"] == []) is wanted
+    *chunks, last = chunks_of(encoded(PLAIN._replace(wants_usage=wanted)))
+    assert (last["choices"] == [] and CHAT.usage(last) == Usage(5, 2)) is wanted
+    assert {chunk.get("usage", "no key") for chunk in chunks} == {None if wanted else "no key"}
 
 
-def test_a_rendered_stream_is_one_that_we_would_pass_on() -> None:
-    raw = encoded(Prompt("m", "hi"))
-    relay = StreamRelay(CHAT)
-    assert b"".join([relay.feed(piece) for piece in slices(raw, 50)]) == raw
-    state = relay.state
-    assert (state.started, state.finished, state.ended) == (True, True, True)
-    assert state.usage == Usage(5, 2)
+def test_the_finish_comes_with_an_empty_delta() -> None:
+    *chunks, last, _ = chunks_of(encoded())
+    assert (last["choices"][0]["delta"], last["choices"][0]["finish_reason"]) == ({}, "tool_calls")
+    assert {c["choices"][0]["finish_reason"] for c in chunks} == {None}
 
 
-def test_a_rendered_answer_says_the_same() -> None:
-    assert CHAT.render_response is not None
-    answer = CHAT.render_response(Prompt("m", "hi"), LABEL, [*PARTS, END])
-    message = answer["choices"][0]["message"]
-    assert message["content"] == "Hello"
+def test_choices_are_introduced_in_order() -> None:
+    encoder = CHAT.encoder(PLAIN, LABEL)
+    parts: list[StreamPart] = [Open(0, Text(), 1), Delta(0, "b"), Open(1, Text(), 0), Delta(1, "a")]
+    raw = b"".join([*map(encoder.encode, parts), encoder.end(Usage())])
+    told = [(c["choices"][0]["index"], c["choices"][0]["delta"]) for c in chunks_of(raw)[:-1]]
+    role = {"role": "assistant", "content": ""}
+    assert told == [(0, role), (1, role), (1, {"content": "b"}), (0, {"content": "a"})]
+
+
+SECRET = Opaque("openai", "encrypted", "ZW5j", id="rs_1")
+CITED = (Citation("https://a.example/", "A", 0, 3), Citation("https://b.example/", "B", 1, 2))
+ADDED_UP: list[tuple[str, tuple[Block, ...], str]] = [
+    ("reasoning_details", (Reasoning("hm", SECRET), Reasoning("", SECRET)), ""),
+    ("annotations", (Text("one", CITED),), "every source has the index 0"),
+    ("images", (IMAGE, IMAGE._replace(mime="image/gif")), "every image has the index 0"),
+    ("annotations", (Text("one"), Text("two", CITED[:1])), "texts before are not counted"),
+]
+
+
+def whole_message(blocks: Iterable[Block]) -> dict[str, Any]:
+    choice = Choice(tuple(blocks), Finished(Finish.STOP))
+    answer = CHAT.render_response(PLAIN, LABEL, [choice], Usage(), Losses())
+    return dict(answer["choices"][0]["message"])
+
+
+@pytest.mark.parametrize(("name", "blocks"), [but(why, *row) for *row, why in ADDED_UP])
+def test_lists_add_up_to_what_a_whole_answer_says(name: str, blocks: tuple[Block, ...]) -> None:
+    streamed, whole = accumulated(chunks_of(encoded(blocks=blocks))), whole_message(blocks)
+    for one in [*streamed[name], *whole[name]]:
+        one.pop("index", None)
+    assert streamed[name] == whole[name]
+
+
+def test_a_stream_that_cannot_go_on_ends_with_an_error_object() -> None:
+    encoder = CHAT.encoder(PLAIN, LABEL)
+    encoder.encode(Open(0, Text()))
+    error = UpstreamError("broke", code="upstream_disconnected")
+    assert encoder.fail(error) == CHAT.fail_stream(error, StreamState(), b"")
+
+
+def rendered(prompt: Prompt, *choices: Choice) -> Any:
+    return CHAT.render_response(prompt, LABEL, list(choices), Usage(5, 2), Losses())
+
+
+def test_a_rendered_answer_has_all_that_sdks_require() -> None:
+    finished = Finished(Finish.TOOL_CALLS, raw="tool_use")
+    answer = rendered(PLAIN, Choice(tuple(BLOCKS), finished))
+    head = {"id": "chatcmpl-abc", "object": "chat.completion", "created": 1_764_000_000}
+    assert {key: answer[key] for key in head} == head and answer["model"] == "m"
+    [choice] = answer["choices"]
+    assert (choice["index"], choice["finish_reason"]) == (0, "tool_calls")
+    assert (choice["native_finish_reason"], choice["logprobs"]) == ("tool_use", None)
+    message = choice["message"]
+    plain = {"role": "assistant", "content": "Hello", "refusal": None, "reasoning_content": "hm"}
+    assert {key: message[key] for key in plain} == plain
     assert [c["id"] for c in message["tool_calls"]] == ["call_1", "call_2"]
-    assert CHAT.usage(answer) == Usage(5, 2) and not CHAT.what_is_missing(answer)
 
 
-def test_a_request_becomes_a_prompt() -> None:
-    assert CHAT.parse_request is not None
-    said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
-    tools = [{"type": "function", "function": {"name": "f"}}, {"type": "custom"}]
-    last = {"role": "user", "content": [{"type": "text", "text": "three"}]}
-    body = {"model": "m", "messages": [*said, last], "tools": tools, "stream": True}
-    prompt = CHAT.parse_request(body)
-    assert prompt[:3] == ("m", "three", ("f",))
-    assert (prompt.stream, prompt.wants_usage) == (True, False)
+def test_who_speaks_of_functions_is_answered_in_functions() -> None:
+    prompt = PLAIN._replace(legacy_functions=True)
+    answer = rendered(prompt, Choice((BLOCKS[2],), Finished(Finish.TOOL_CALLS)))["choices"][0]
+    called = {"name": "f", "arguments": '{"a":1}'}
+    assert answer["message"]["function_call"] == called and "tool_calls" not in answer["message"]
+    chunks = chunks_of(encoded(prompt, BLOCKS[2:3]))
+    assert accumulated(chunks)["function_call"] == called
+    assert answer["finish_reason"] == chunks[-2]["choices"][0]["finish_reason"] == "function_call"
 
 
-@pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": "hi"}, {"messages": None}])
-def test_a_request_without_messages_is_refused(body: Any) -> None:
-    assert CHAT.parse_request is not None
-    with pytest.raises(BadRequest) as caught:
-        CHAT.parse_request(body)
-    assert caught.value.param == "messages"
+@pytest.mark.parametrize(("ours", "kept"), [({}, SIGNED), ({"via": "bitrouter:google"}, None)])
+def test_state_on_calls_goes_back_to_its_vendor_alone(ours: Any, kept: Any) -> None:
+    one = call(extra_content={**SIGNED, **ours})
+    body = {"messages": [said(tool_calls=[one])]}
+    assert CHAT.sealed(body) and CHAT.unseal(body, "chat:v") is (kept is None)
+    assert one.get("extra_content") == kept

@@ -7,21 +7,59 @@ from typing import Any
 
 import pytest
 
-from bitrouter import Finish, Finished, Prompt, TextDelta, ToolCall, Usage, echo_parts
+from bitrouter import (
+    Close,
+    Delta,
+    Finish,
+    Finished,
+    Gatherer,
+    Message,
+    Open,
+    OutputFormat,
+    Prompt,
+    Reasoning,
+    StreamPart,
+    Text,
+    Thinking,
+    Tool,
+    ToolCall,
+    Usage,
+    echo_parts,
+)
 
-WEATHER = ("weather", "clock")
+WEATHER = (Tool("weather"), Tool("clock"))
 
 
-def said(text: str, **more: Any) -> str:
+def prompt_of(text: str, tools: tuple[Tool, ...] = (), **more: Any) -> Prompt:
+    return Prompt("echo/echo", (Message("user", (Text(text),)),), tools=tools, **more)
+
+
+def parts_for(text: str, tools: tuple[Tool, ...] = (), **more: Any) -> list[StreamPart]:
+    return echo_parts(prompt_of(text, tools, **more))[0]
+
+
+def answer_to(prompt: Prompt) -> tuple[Any, ...]:
+    gatherer = Gatherer()
+    for part in echo_parts(prompt)[0]:
+        gatherer.add(part)
+    return gatherer.choices()[0].content
+
+
+def said(text: str, tools: tuple[Tool, ...] = (), **more: Any) -> str:
     """What comes back as text."""
-    parts = echo_parts(Prompt("echo/echo", text, **more))
-    return "".join(part.text for part in parts if isinstance(part, TextDelta))
+    content = answer_to(prompt_of(text, tools, **more))
+    return "".join(block.text for block in content if isinstance(block, Text))
 
 
-def called(text: str, tools: tuple[str, ...] = WEATHER) -> list[tuple[str, Any]]:
+def shaped(schema: Any) -> str:
+    """What comes back as text if it has to follow a schema."""
+    return said("hello", output=OutputFormat("json_schema", schema=schema))
+
+
+def called(text: str, tools: tuple[Tool, ...] = WEATHER) -> list[tuple[str, Any]]:
     """Which tools are called, and with what."""
-    parts = echo_parts(Prompt("echo/echo", text, tools))
-    return [(p.name, json.loads(p.arguments)) for p in parts if isinstance(p, ToolCall)]
+    content = answer_to(prompt_of(text, tools))
+    return [(b.name, json.loads(b.arguments)) for b in content if isinstance(b, ToolCall)]
 
 
 TEXTS = [
@@ -41,8 +79,26 @@ def test_the_answer_is_what_was_said(text: str) -> None:
 
 
 def test_the_answer_comes_word_by_word() -> None:
-    *words, _ = echo_parts(Prompt("echo/echo", "one two  three "))
-    assert words == [TextDelta("one"), TextDelta(" two"), TextDelta("  three ")]
+    opened, *words, closed, _ = parts_for("one two  three ")
+    assert words == [Delta(0, "one"), Delta(0, " two"), Delta(0, "  three ")]
+    assert (opened, closed) == (Open(0, Text()), Close(0))
+
+
+def test_a_text_of_any_length_comes_back_whole_and_in_bounds() -> None:
+    text = "a b " * 40_000
+    assert said(text) == text and len(parts_for(text)) < 60_000
+
+
+def test_only_what_the_user_said_last_comes_back() -> None:
+    messages = (
+        Message("system", (Text("sys"),)),
+        Message("user", (Text("one"),)),
+        Message("assistant", (Text("two"),)),
+        Message("user", (Text("three"), Text("four"))),
+        Message("assistant", (Text("five"),)),
+    )
+    assert answer_to(Prompt("e", messages)) == (Text("three\nfour"),)
+    assert answer_to(Prompt("e", messages[:1])) == (Text("(nothing was said)"),)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\n"])
@@ -52,36 +108,37 @@ def test_nothing_said_is_answered_all_the_same(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["hello", "call weather {}", ""])
 def test_the_last_part_ends_the_answer(text: str) -> None:
-    parts = echo_parts(Prompt("echo/echo", text, WEATHER))
+    parts = parts_for(text, WEATHER)
     assert [isinstance(part, Finished) for part in parts] == [False] * (len(parts) - 1) + [True]
 
 
-def finished(prompt: Prompt) -> Finished:
-    last = echo_parts(prompt)[-1]
+def finish_of(text: str) -> Finish:
+    last = parts_for(text, WEATHER)[-1]
     assert isinstance(last, Finished)
-    return last
+    return last.finish
 
 
 def test_the_finish_tells_a_call_from_a_text() -> None:
-    assert finished(Prompt("e", "hello", WEATHER)).finish is Finish.STOP
-    assert finished(Prompt("e", "call clock", WEATHER)).finish is Finish.TOOL_CALLS
+    assert finish_of("hello") is Finish.STOP
+    assert finish_of("call clock") is Finish.TOOL_CALLS
 
 
 # fmt: off
 USAGES = [
-    # characters of the conversation, text     tokens
-    (0,   "",              Usage(0, 5)),
-    (1,   "hi",            Usage(1, 1)),
-    (4,   "hell",          Usage(1, 1)),
-    (5,   "hello",         Usage(2, 2)),
-    (400, "a" * 41,        Usage(100, 11)),
+    # the conversation, text     tokens
+    ("",       "",               Usage(0, 5)),
+    ("",       "hi",             Usage(1, 1)),
+    ("",       "hell",           Usage(1, 1)),
+    ("",       "hello",          Usage(2, 2)),
+    ("b" * 359, "a" * 41,        Usage(100, 11)),
 ]
 # fmt: on
 
 
-@pytest.mark.parametrize(("size", "text", "usage"), USAGES)
-def test_tokens_are_counted_by_four_characters(size: int, text: str, usage: Usage) -> None:
-    assert finished(Prompt("e", text, size=size)).usage == usage
+@pytest.mark.parametrize(("before", "text", "usage"), USAGES)
+def test_tokens_are_counted_by_four_characters(before: str, text: str, usage: Usage) -> None:
+    messages = (Message("system", (Text(before),)), Message("user", (Text(text),)))
+    assert echo_parts(Prompt("e", messages))[1] == usage
 
 
 # fmt: off
@@ -104,11 +161,39 @@ CALLS = [
 @pytest.mark.parametrize(("text", "calls"), CALLS)
 def test_a_tool_is_called_when_the_text_says_so(text: str, calls: list[tuple[str, Any]]) -> None:
     assert called(text) == calls
-    assert bool(said(text, tools=WEATHER)) is not bool(calls)
+    assert bool(said(text, WEATHER)) is not bool(calls)
 
 
-def test_a_call_is_counted_as_a_token() -> None:
-    assert finished(Prompt("e", "call clock", WEATHER, size=9)).usage == Usage(3, 1)
+def test_a_call_is_counted_by_its_arguments() -> None:
+    assert echo_parts(prompt_of("call clock", WEATHER))[1] == Usage(3, 1)
+
+
+def test_a_tool_that_takes_free_text_gets_the_rest_of_it() -> None:
+    tool = Tool("sql", kind="custom", namespace="db")
+    [call] = answer_to(prompt_of("call sql select 1", (tool,)))
+    assert call == ToolCall("call_echo_1", "sql", "select 1", True, namespace="db")
+
+
+# fmt: off
+WAYS_TO_ASK = [
+    (Thinking(),                            False),
+    (Thinking("none", visible=False),       False),
+    (Thinking("low"),                       True),
+    (Thinking(visible=True),                True),
+    (Thinking(budget=1024, visible=False),  False),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("thinking", "seen"), WAYS_TO_ASK)
+def test_who_asks_for_reasoning_sees_some(thinking: Thinking, seen: bool) -> None:
+    first, *rest = answer_to(prompt_of("hello", thinking=thinking))
+    assert isinstance(first, Reasoning) is seen and [first, *rest][-1] == Text("hello")
+    assert not seen or first.text
+
+
+def test_json_without_a_schema_holds_what_was_said() -> None:
+    assert json.loads(said("hello", output=OutputFormat("json_object"))) == {"text": "hello"}
 
 
 def test_a_tool_that_is_not_on_offer_is_not_called() -> None:
@@ -159,7 +244,7 @@ SCHEMAS = [
 
 @pytest.mark.parametrize(("schema", "instance"), SCHEMAS, ids=range(len(SCHEMAS)))
 def test_a_schema_is_answered_with_its_smallest_instance(schema: Any, instance: Any) -> None:
-    assert json.loads(said("hello", schema=schema)) == instance
+    assert json.loads(shaped(schema)) == instance
 
 
 # fmt: off
@@ -176,12 +261,12 @@ ODD_SCHEMAS: list[Any] = [
 
 @pytest.mark.parametrize("schema", ODD_SCHEMAS, ids=repr)
 def test_an_odd_schema_is_answered_with_something_bounded(schema: Any) -> None:
-    assert len(said("hello", schema=schema)) < 20_000
+    assert len(shaped(schema)) < 20_000
 
 
 def test_a_schema_without_end_is_answered_all_the_same() -> None:
     inner = {"type": "object", "required": ["a"], "properties": {"a": {"$ref": "#/$defs/x"}}}
-    answer = json.loads(said("hello", schema={"$ref": "#/$defs/x", "$defs": {"x": inner}}))
+    answer = json.loads(shaped({"$ref": "#/$defs/x", "$defs": {"x": inner}}))
     assert isinstance(answer["a"], dict)
 
 
@@ -197,9 +282,14 @@ GROWING: list[Any] = [
 @pytest.mark.parametrize("schema", GROWING, ids=["array", "object"])
 def test_a_schema_that_doubles_at_every_step_is_answered_in_bounds(schema: Any) -> None:
     looped = {"$ref": "#/$defs/a", "$defs": {"a": schema}}
-    assert len(said("hello", schema=looped)) < 20_000
+    assert len(shaped(looped)) < 20_000
 
 
 def test_a_call_that_the_text_asks_for_comes_before_the_schema() -> None:
-    parts = echo_parts(Prompt("e", "call clock {}", WEATHER, schema={"type": "string"}))
-    assert isinstance(parts[0], ToolCall)
+    output = OutputFormat("json_schema", schema={"type": "string"})
+    [block] = answer_to(prompt_of("call clock {}", WEATHER, output=output))
+    assert isinstance(block, ToolCall)
+
+
+def test_a_hosted_tool_is_not_called() -> None:
+    assert called("call weather {}", (Tool("weather", kind="hosted"),)) == []
