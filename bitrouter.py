@@ -2010,6 +2010,16 @@ def object_in(text: str) -> JsonObject | None:
     return None
 
 
+_MAX_USER_CHARS = 64  # wire: platform.openai.com, safety_identifier, read 2026-11
+
+
+def short_user(user: str) -> str:
+    """A name for the end user as OpenAI takes it: one that is too long as its hash."""
+    if len(user) <= _MAX_USER_CHARS:
+        return user
+    return hashlib.sha256(user.encode("utf-8", "replace")).hexdigest()
+
+
 def without_cut_call(choice: Choice, losses: Losses) -> Choice:
     """A choice without the call in whose middle the tokens ran out: to protocols whose arguments
     are objects it would look whole."""
@@ -2583,7 +2593,7 @@ def _chat_mend(state: StreamState, chunk: JsonObject) -> JsonObject | None:
         if isinstance(delta, dict):
             if seen["role"] and delta.pop("role", None) is not None:
                 changed = True
-            elif not seen["role"] and "role" not in delta:
+            elif not seen["role"] and delta.get("tool_calls") and "role" not in delta:
                 delta["role"] = "assistant"
                 changed = True
             seen["role"] = True
@@ -3023,7 +3033,7 @@ def _chat_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> Json
         "verbosity": prompt.verbosity or None,
         "reasoning_effort": nearest_effort(effort, traits.efforts) or None,
         "service_tier": prompt.tier or None,
-        "safety_identifier" if traits.official else "user": prompt.user or None,
+        "safety_identifier" if traits.official else "user": short_user(prompt.user) or None,
         "prompt_cache_key": prompt.cache_key or None,
         "metadata": prompt.metadata,
         "store": prompt.store,
@@ -4001,7 +4011,7 @@ def _responses_render_request(prompt: Prompt, traits: Traits, losses: Losses) ->
         "text": _responses_render_text(prompt, losses) or None,
         "reasoning": no_nulls({"effort": effort or None, "summary": summary}) or None,
         "service_tier": prompt.tier or None,
-        "safety_identifier" if traits.official else "user": prompt.user or None,
+        "safety_identifier" if traits.official else "user": short_user(prompt.user) or None,
         "prompt_cache_key": prompt.cache_key or None,
         "metadata": prompt.metadata,
         "store": prompt.store is True,
@@ -5353,6 +5363,8 @@ class _MessagesEncoder:
         self._index = -1
         self._block: Block = Text()
         self._is_open = self._opened = False
+        self._odd: list[str] = []  # arguments that are no object
+        self._fresh = True  # whether the arguments have not begun
         self._waiting: list[Opaque] = []  # state that goes before the next block, if there is one
         self._finished = Finished(Finish.STOP)
 
@@ -5388,7 +5400,7 @@ class _MessagesEncoder:
 
     def _open(self, block: Block) -> bytes:
         """A block begins. Texts and thoughts wait for their first words."""
-        self._block, self._is_open = block, False
+        self._block, self._is_open, self._fresh = block, False, True
         if not isinstance(block, ToolCall):
             return b""
         out = (
@@ -5412,8 +5424,11 @@ class _MessagesEncoder:
             return b""
         match self._block:
             case ToolCall():
-                delta = {"type": "input_json_delta", "partial_json": text}
-                return self._event(delta)
+                if self._odd or (self._fresh and text.lstrip()[:1] not in ("{", "")):
+                    self._odd.append(text)  # an input must be an object
+                    return b""
+                self._fresh = self._fresh and not text.strip()
+                return self._event({"type": "input_json_delta", "partial_json": text})
             case Reasoning():
                 empty = {"type": "thinking", "thinking": "", "signature": ""}
                 out = b"" if self._is_open else self._begin(empty)
@@ -5438,6 +5453,11 @@ class _MessagesEncoder:
             out = b"" if self._is_open else self._begin(empty)
             signature = sealed_for(opaque, "anthropic", "signature")
             out += self._event({"type": "signature_delta", "signature": signature})
+        if self._odd:
+            text = "".join(self._odd)
+            self._odd = []
+            given = json.dumps(object_in(text) or {"input": text})
+            out += self._event({"type": "input_json_delta", "partial_json": given})
         return out + self._stop() if self._is_open else b""
 
     def _event(self, delta: JsonObject) -> bytes:
@@ -5707,6 +5727,10 @@ def _gemini_render_error(error: BitrouterError) -> JsonObject:
     details: list[JsonObject] = [
         {"@type": info, "reason": error.code.upper(), "domain": "bitrouter", "metadata": facts}
     ]
+    if error.param and status == 400:
+        violation = {"field": error.param, "description": error.message}
+        bad = "type.googleapis.com/google.rpc.BadRequest"
+        details.append({"@type": bad, "fieldViolations": [violation]})
     if error.retry_after_s is not None:
         retry = "type.googleapis.com/google.rpc.RetryInfo"
         details.append({"@type": retry, "retryDelay": f"{error.retry_after_s:g}s"})
@@ -6839,6 +6863,8 @@ def judge(who: str, status: int, facts: ErrorFacts) -> UpstreamError:
     message = f"{who} answered {status}" + (f": {said}" if said else "")
     kind = verdict.kind if verdict in (UpstreamNoCredit, UpstreamLimited) else kind_of(status)
     code = min(facts.words & _TELLING_WORDS, default="")
+    if verdict is UpstreamUnfit and not code and _TOO_LONG_TEXT.search(facts.message):
+        code = "context_length_exceeded"
     if kind is Kind.OVERLOADED:
         code = code or "server_is_overloaded"
     if status == 429 and any("perday" in word for word in facts.words):
@@ -6930,8 +6956,7 @@ def embeddings_as_openai(
     body: JsonObject, value: JsonObject, model: str, usage: Usage
 ) -> JsonObject:
     """wire: OpenAI's SDK asks for base64 of little-endian floats unless told otherwise."""
-    found = as_list(value.get("embeddings")) or [value.get("embedding")]
-    vectors = [as_list(dig(one, "values")) for one in found]
+    vectors = [as_list(dig(one, "values")) for one in as_list(value.get("embeddings"))]
     if body.get("encoding_format") == "base64":
         spelt: list[Json] = [
             base64.b64encode(array("f", one).tobytes()).decode() for one in vectors
@@ -6959,10 +6984,9 @@ def embeddings_for_openai(body: JsonObject, model: str) -> tuple[list[str], Json
 
 
 def embeddings_as_gemini(value: JsonObject, *, one: bool) -> JsonObject:
-    vectors = [{"values": as_list(dig(item, "embedding"))} for item in as_list(value.get("data"))]
-    if one:
-        return {"embedding": vectors[0] if vectors else {"values": []}}
-    return {"embeddings": vectors}
+    data = sorted(as_list(value.get("data")), key=lambda item: whole(dig(item, "index")))
+    vectors = [{"values": as_list(dig(item, "embedding"))} for item in data]
+    return {"embedding": vectors[0]} if one else {"embeddings": vectors}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -8125,7 +8149,11 @@ class Translation:
             self.paused = True
         else:
             self._finished.add(part.choice)
-            if part.finish is Finish.MALFORMED:
+            if part.raw == "MISSING_THOUGHT_SIGNATURE":
+                said = "the provider misses the signature of a call in the conversation"
+                kind = Kind.INVALID_REQUEST
+                self.garbled = UpstreamGarbled(said, status=400, kind=kind, code="bad_signature")
+            elif part.finish is Finish.MALFORMED:
                 said = f"the model botched a tool call ({printable(part.raw, 60)})"
                 self.garbled = UpstreamGarbled(said, code="upstream_malformed_tool_call")
 
@@ -12232,10 +12260,18 @@ async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
     """The caller's request in a target's words. Raises UpstreamUnfit if they cannot say it."""
     prompt, protocol, traits = call.prompt, target.protocol, target.traits
     losses = call.losses = Losses()
+    if call.history is None and call.document and call.document.value.get("previous_response_id"):
+        raise UpstreamUnfit(
+            "previous_response_id: only the provider that gave it knows it, and this is another; "
+            "send the conversation in `input`",
+            code="previous_response_not_found",
+            param="previous_response_id",
+        )
     prompt = _recalled(app, call, prompt)
     refused = refused_by(app, target)
-    if refused & _FORMAT_FIELDS:
-        traits = traits._replace(schema="prompt")
+    if "schema" in refused:
+        other_way = "tool" if protocol is ApiProtocol.MESSAGES else "prompt"
+        traits = traits._replace(schema=other_way)
     if "max_tokens_field" in refused:
         other = {"max_tokens": "max_completion_tokens"}
         name = other.get(traits.max_tokens_field, "max_tokens")
@@ -12268,7 +12304,6 @@ def refused_by(app: App, target: Target) -> frozenset[str]:
     return known or frozenset()
 
 
-_FORMAT_FIELDS = frozenset({"response_format", "text", "output_config"})
 _MAKE_MANY = (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.GENERATE_CONTENT)
 _MAX_FAN_OUT = 8
 
@@ -12786,10 +12821,12 @@ class _RawSink:
 
 
 async def count_tokens(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]) -> None:
-    """Count a prompt's tokens: as the provider does, or else by a rule of thumb that says so."""
-    target = call.target = chain[0]
-    call.attempts = 1
-    if target.provider != "echo" and target.protocol in COUNT_SUFFIXES:
+    """Count a prompt's tokens: as a provider does, or else by a rule of thumb that says so."""
+    for target in app.health.order(chain, time.monotonic()):
+        call.target = target
+        call.attempts += 1
+        if target.provider == "echo" or target.protocol not in COUNT_SUFFIXES:
+            continue
         try:
             if target.protocol is call.op.protocol:
                 await exchange(app, call, reply, target)
@@ -12798,15 +12835,15 @@ async def count_tokens(app: App, call: Call, reply: Reply, chain: tuple[Target, 
         except UpstreamError as error:
             if error.status in _ABOUT_THE_PROMPT:
                 raise
-            log.info("count_tokens_estimated target=%s reason=%s", target.name, error.message)
+            log.info("tokens_not_counted target=%s reason=%s", target.name, error.message)
         else:
             headers = JSON_HEADERS | served_by(call, target)
             reply.send(200, compact(_rendered_count(call, count)), headers)
             return
     call.losses.add("estimated", "input_tokens", harmful=False)
-    prompt = _prompt_to_count(call)
-    headers = JSON_HEADERS | served_by(call, target) | _estimated()
-    reply.send(200, compact(_rendered_count(call, -(-size_of(prompt) // 4))), headers)
+    count = -(-size_of(_prompt_to_count(call)) // 4)
+    headers = JSON_HEADERS | served_by(call, call.target or chain[0]) | _estimated()
+    reply.send(200, compact(_rendered_count(call, count)), headers)
 
 
 _ABOUT_THE_PROMPT = (400, 413, 422)  # a refusal to count with another status is about counting
@@ -12862,12 +12899,19 @@ async def embed(app: App, call: Call, reply: Reply, target: Target) -> None:
         texts, asked = embeddings_for_gemini(body, target.model)
         suffix = "/models/{model}:batchEmbedContents"
     value = await ask(app, call, target, request_to(call, target, suffix, asked))
+    found = as_list(value.get("embeddings", value.get("data")))
+    if len(found) != len(texts) or not all(isinstance(one, dict) for one in found):
+        said = f"{target.name} answered with {len(found)} vectors for {len(texts)} texts"
+        raise UpstreamGarbled(said)
     usage = CODECS[target.protocol].usage(value) or Usage(sum(map(len, texts)) // 4)
     call.book(usage)
-    if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
-        answer = embeddings_as_gemini(value, one=call.op.name == "embedContent")
-    else:
-        answer = embeddings_as_openai(body, value, target.model, usage)
+    try:
+        if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
+            answer = embeddings_as_gemini(value, one=call.op.name == "embedContent")
+        else:
+            answer = embeddings_as_openai(body, value, target.model, usage)
+    except (TypeError, OverflowError):
+        raise UpstreamGarbled(f"{target.name} answered with vectors that hold no numbers") from None
     call.first_at = time.monotonic()
     reply.send(200, compact(answer), JSON_HEADERS | served_by(call, target))
 
@@ -13002,6 +13046,9 @@ _TOOLS_REFUSED_TEXT = re.compile(
 _BOUND_TEXT = re.compile(
     r"signature|bound to a different|thinking.{0,40}block", re.IGNORECASE | re.DOTALL
 )
+_FORMATS = {"response_format", "text", "output_config", "responseSchema", "responseJsonSchema"}
+# wire: docs.claude.com/en/docs/build-with-claude/structured-outputs, read 2026-11
+_SCHEMA_TEXT = re.compile(r"schema is too complex|compiled grammar is too large", re.IGNORECASE)
 # A refusal of a field, not of its value.
 _UNKNOWN_TEXT = re.compile(
     r"unsupported|not support|unknown|unrecognized|unexpected|extra inputs|not permitted|"
@@ -13027,7 +13074,7 @@ def _learned(app: App, call: Call, target: Target, error: UpstreamError) -> bool
     elif target.protocol is ApiProtocol.MESSAGES and _BOUND_TEXT.search(error.message):
         again, call.no_reasoning = not call.no_reasoning, True
         return again
-    elif _UNKNOWN_TEXT.search(error.message):
+    elif _UNKNOWN_TEXT.search(error.message) or _SCHEMA_TEXT.search(error.message):
         more = _fields_to_do_without(error.message, target)
     if more <= known:
         return False
@@ -13041,16 +13088,18 @@ def _fields_to_do_without(message: str, target: Target) -> frozenset[str]:
     limits = {"max_tokens", "max_completion_tokens"}
     if names & limits and target.protocol is ApiProtocol.CHAT_COMPLETIONS:
         return frozenset({"max_tokens_field"})
+    if names & _FORMATS or _SCHEMA_TEXT.search(message):
+        return frozenset({"schema"})
     return frozenset(name for name in names - limits if name in _OPTIONAL)
 
 
 # Fields that we may have written of our own accord or spelt in our own way.
 _OPTIONAL = {
     "temperature", "top_p", "top_k", "stop", "seed", "presence_penalty", "frequency_penalty",
-    "logit_bias", "logprobs", "top_logprobs", "parallel_tool_calls", "response_format", "verbosity",
+    "logit_bias", "logprobs", "top_logprobs", "parallel_tool_calls", "verbosity",
     "reasoning_effort", "reasoning", "service_tier", "safety_identifier", "user",
-    "prompt_cache_key", "metadata", "store", "stream_options", "include", "text", "thinking",
-    "output_config", "stop_sequences", "cache_control", "tool_choice", "generationConfig",
+    "prompt_cache_key", "metadata", "store", "stream_options", "include", "thinking",
+    "stop_sequences", "cache_control", "tool_choice", "generationConfig",
     "serviceTier", "toolConfig",
 }  # fmt: skip
 

@@ -311,7 +311,8 @@ def _gemini_events(blocks: Sequence[Block], finish: str) -> list[bytes]:
         else:
             parts += [{"text": piece} for piece in _pieces(block)]
     contents = [{"content": {"role": "model", "parts": [part]}, "index": 0} for part in parts]
-    chunks: list[dict[str, Any]] = [{"candidates": [content]} for content in contents]
+    head = {"modelVersion": "m", "responseId": "resp-up"}
+    chunks: list[dict[str, Any]] = [{"candidates": [content], **head} for content in contents]
     chunks[-1]["candidates"][0]["finishReason"] = finish or "STOP"
     chunks[-1]["usageMetadata"] = GEMINI_USED
     return [gemini_event(chunk) for chunk in chunks]

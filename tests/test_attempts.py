@@ -255,8 +255,6 @@ STREAM_FAILURES = {
     "an error before the first token": stream(ROLE, b'data: {"error":{"message":"no"}}\n\n'),
     "an error that is a string": stream(b'data: {"error":"out of memory"}\n\n'),
     "an event that is not JSON": stream(ROLE, b"data: {oops\n\n"),
-    "a whole answer": OK,
-    "a whole answer in chunks": Reply(body=CHAT_ANSWER, framing="chunked"),
     "an error in a 200": Reply(body={"error": {"message": "overloaded", "code": 503}}),
     "a page": Reply(body=b"<html>", headers={"content-type": "text/html; charset=utf-8"}),
     "silence": Reply(hangs=True),

@@ -729,10 +729,11 @@ def test_what_is_well_stays_as_it_is() -> None:
     assert mended_all(first, more, delta(finish="tool_calls"), usage) == [None] * 4
 
 
-def test_a_role_left_out_is_put_in_and_one_repeated_is_taken_out() -> None:
-    first, again = mended_all(delta(content="a"), delta(role="assistant", content="b"))
-    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "a"}
-    assert again["choices"][0]["delta"] == {"content": "b"}
+def test_a_role_that_a_call_lacks_is_put_in_and_one_repeated_is_taken_out() -> None:
+    first = delta(tool_calls=[{"index": 0, "id": "c1", "function": function("{}", "f")}])
+    put_in, taken_out = mended_all(first, delta(role="assistant", content="b"))
+    assert put_in["choices"][0]["delta"]["role"] == "assistant"
+    assert taken_out["choices"][0]["delta"] == {"content": "b"}
 
 
 def test_nothing_travels_after_the_usage() -> None:

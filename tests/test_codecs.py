@@ -344,7 +344,7 @@ TOLD = [
     (CC, 503, openai("server_is_overloaded"), 503, Kind.OVERLOADED, "server_is_overloaded"),
     (CC, 504, openai(), 504, Kind.TIMEOUT, "upstream_error"),
     (CC, 521, openai(), 521, Kind.BAD_GATEWAY, "upstream_error"),
-    (ME, 529, anthropic("overloaded_error"), 529, Kind.OVERLOADED, "upstream_error"),
+    (ME, 529, anthropic("overloaded_error"), 529, Kind.OVERLOADED, "server_is_overloaded"),
     (CC, 302, b"", 502, Kind.BAD_GATEWAY, "upstream_invalid_response"),
 ]  # fmt: skip
 

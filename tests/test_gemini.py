@@ -1,21 +1,52 @@
-"""Google generateContent: usage, errors, the signs of life of a stream."""
+"""Google generateContent: requests, answers, errors, the signs of life of a stream."""
 
 from __future__ import annotations
 
+import base64
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from bitrouter import (
     GEMINI,
+    AnswerLabel,
+    ApiProtocol,
     BadRequest,
+    Block,
+    Choice,
+    Citation,
+    Content,
     ErrorFacts,
+    Finish,
+    Finished,
+    Gatherer,
     Kind,
+    Loss,
+    Losses,
+    Media,
+    Message,
+    Native,
+    Opaque,
+    OutputFormat,
+    Prompt,
+    Reasoning,
+    Refusal,
+    Sampling,
     SseEvent,
     StreamState,
+    Text,
+    Thinking,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    ToolResult,
+    Traits,
     UpstreamError,
     Usage,
+    parts_of,
+    seal,
 )
 
 
@@ -253,3 +284,530 @@ def test_an_answer_without_candidates_or_feedback_is_no_answer(body: Any) -> Non
 
 def test_a_blocked_prompt_is_an_answer() -> None:
     assert GEMINI.what_is_missing({"promptFeedback": {"blockReason": "SAFETY"}}) == ""
+
+
+# --- requests that come in
+
+GC = ApiProtocol.GENERATE_CONTENT
+SCHEMA = {"type": "object", "properties": {"port": {"type": "string"}}, "required": ["port"]}
+GOOGLE_SCHEMA = {"type": "OBJECT", "properties": {"port": {"type": "STRING"}}, "required": ["port"]}
+TIDE = Tool("tide", "d", SCHEMA)
+DECLARED = {"name": "tide", "description": "d"}
+USER = {"role": "user", "parts": [{"text": "hi"}]}
+SEARCH = Tool("web_search", kind="hosted", native=Native(GC, {"googleSearch": {}}))
+
+
+def asked(*content: Any, source: ApiProtocol = GC, **more: Any) -> Prompt:
+    return Prompt("m", (Message("user", content or (Text("hi"),)),), source, **more)
+
+
+def parsed(*contents: Any, **fields: Any) -> Prompt:
+    return GEMINI.parse_request({"model": "m", "contents": list(contents) or [USER], **fields})
+
+
+def settings(**fields: Any) -> dict[str, Any]:
+    return {"generationConfig": fields}
+
+
+def calling(mode: str, *names: str) -> dict[str, Any]:
+    config = {"mode": mode, "allowedFunctionNames": list(names)}
+    return {"toolConfig": {"functionCallingConfig": config}}
+
+
+def declared(**more: Any) -> dict[str, Any]:
+    return {"tools": [{"functionDeclarations": [{**DECLARED, **more}]}]}
+
+
+FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    # what is asked, what it means
+    (settings(maxOutputTokens=5, temperature=0.5, topP=1, topK=4, stopSequences=["a"], seed=7,
+              candidateCount=2, presencePenalty=-1, frequencyPenalty=1),
+     {"max_tokens": 5, "sampling": Sampling(0.5, 1, 4, 7, -1, 1, None, ("a",), 2)}),
+    (settings(responseLogprobs=True, logprobs=3), {"sampling": Sampling(logprobs=3)}),
+    ({"generation_config": {"max_output_tokens": 5, "top_k": 4}},
+     {"max_tokens": 5, "sampling": Sampling(top_k=4)}),
+    (declared(parametersJsonSchema=SCHEMA), {"tools": (TIDE,)}),
+    (declared(parameters=GOOGLE_SCHEMA), {"tools": (TIDE,)}),
+    ({"tools": [{"function_declarations": [{**DECLARED, "parameters_json_schema": SCHEMA}]}]},
+     {"tools": (TIDE,)}),
+    ({"tools": [{"googleSearch": {}}]}, {"tools": (SEARCH,)}),
+    (calling("AUTO"), {"tool_choice": ToolChoice("auto")}),
+    (calling("NONE"), {"tool_choice": ToolChoice("none")}),
+    (calling("ANY"), {"tool_choice": ToolChoice("required")}),
+    (calling("ANY", "f"), {"tool_choice": ToolChoice("named", ("f",))}),
+    (calling("ANY", "f", "g"), {"tool_choice": ToolChoice("allowed", ("f", "g"), True)}),
+    (calling("VALIDATED", "f"), {"tool_choice": ToolChoice("allowed", ("f",))}),
+    (settings(responseMimeType="application/json"), {"output": OutputFormat("json_object")}),
+    (settings(responseMimeType="application/json", responseJsonSchema=SCHEMA),
+     {"output": OutputFormat("json_schema", schema=SCHEMA)}),
+    (settings(responseSchema=GOOGLE_SCHEMA),
+     {"output": OutputFormat("json_schema", schema=SCHEMA)}),
+    (settings(thinkingConfig={"thinkingLevel": "LOW", "includeThoughts": True}),
+     {"thinking": Thinking("low", visible=True)}),
+    (settings(thinkingConfig={"thinkingBudget": 2048}), {"thinking": Thinking("low", 2048)}),
+    (settings(thinkingConfig={"thinkingBudget": 0}), {"thinking": Thinking("none")}),
+    (settings(thinkingConfig={"thinkingBudget": -1}), {}),
+    ({"serviceTier": "FLEX", "labels": {"a_b": "c"}}, {"tier": "flex", "metadata": {"a_b": "c"}}),
+    ({"safetySettings": [1]}, {"extra": {"safetySettings": [1]}}),
+    (settings(responseModalities=["TEXT"]), {}),
+    (settings(responseModalities=["IMAGE"]), {"extra": {"responseModalities": ["IMAGE"]}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "meaning"), FIELDS)
+def test_a_request_becomes_a_prompt(fields: Any, meaning: dict[str, Any]) -> None:
+    assert parsed(**fields) == asked()._replace(**meaning)
+
+
+@pytest.mark.parametrize("system", ["s", {"parts": [{"text": "s"}]}])
+@pytest.mark.parametrize("name", ["systemInstruction", "system_instruction"])
+def test_the_system_s_words_come_first(name: str, system: Any) -> None:
+    assert parsed(**{name: system}).messages[0] == Message("system", (Text("s"),))
+
+
+STATE = Opaque("google", "thought", "-_8=".replace("-", "+").replace("_", "/"))
+PNG = "iVBORw0KGgo="
+IMAGE_HERE = Media("image", "image/png", PNG)
+CODE = {"executableCode": {"language": "PYTHON", "code": "1"}}
+FOREIGN = Opaque("anthropic", "signature", "c2ln")
+SEALED = base64.urlsafe_b64encode(seal(FOREIGN).encode()).decode()
+CALLED = {"functionCall": {"id": "c1", "name": "tide", "args": {"a_b": 1}}}
+CALL = ToolCall("c1", "tide", '{"a_b":1}')
+URI = "https://x.example/a.mp4"
+PARTS: list[tuple[list[dict[str, Any]], list[Content]]] = [
+    ([{"text": "t"}, {"text": ""}, {}], [Text("t")]),
+    ([{"inlineData": {"mimeType": "image/png", "data": PNG}}], [IMAGE_HERE]),
+    # google-genai mixes spellings, and sends the other alphabet of base64
+    ([{"inlineData": {"mime_type": "audio/x", "data": "-_8"}}],
+     [Media("audio", "audio/x", "+/8=")]),
+    ([{"inline_data": {"mimeType": "application/pdf", "data": "JVBERi0=", "displayName": "a.pdf"}}],
+     [Media("document", "application/pdf", "JVBERi0=", name="a.pdf")]),
+    ([{"fileData": {"fileUri": URI}}], [Media("video", "video/mp4", url=URI)]),
+    ([{"fileData": {"fileUri": "gs://b/a", "mimeType": "image/png"}}],
+     [Media("image", "image/png", file_id="gs://b/a", vendor="google")]),
+    ([CALLED], [CALL]),
+    ([{**CALLED, "thoughtSignature": "-_8"}], [CALL._replace(opaque=STATE)]),
+    ([{"text": "hm", "thought": True}], [Reasoning("hm")]),
+    ([{"text": "t"}, {"text": "", "thought_signature": "-_8"}], [Text("t"), Reasoning("", STATE)]),
+    ([{"text": "h", "thought": True}, {"text": "m", "thought": True}, {"text": "a"}, {"text": "b"}],
+     [Reasoning("hm"), Text("ab")]),
+    ([{"text": "hm", "thought": True}, {"text": "t"}, {**CALLED, "thoughtSignature": SEALED}],
+     [Reasoning("hm", FOREIGN), Text("t"), CALL]),
+    ([{"text": "t", "thoughtSignature": SEALED}], [Reasoning("", FOREIGN), Text("t")]),
+    ([CODE], [Native(GC, CODE)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("parts", "content"), PARTS)
+def test_a_content_is_made_of_parts(parts: Any, content: list[Content]) -> None:
+    said = {"role": "model", "parts": parts}
+    assert parsed(USER, said).messages[1] == Message("assistant", tuple(content))
+
+
+def called(name: str, ident: str | None = None) -> dict[str, Any]:
+    return {"functionCall": {"name": name, "args": {}, **({"id": ident} if ident else {})}}
+
+
+def answered(name: str, response: Any, ident: str | None = None) -> dict[str, Any]:
+    facts = {"name": name, "response": response, **({"id": ident} if ident else {})}
+    return {"functionResponse": facts}
+
+
+def test_results_without_ids_find_their_calls_by_name_and_in_order() -> None:
+    turn = [
+        {"role": "model", "parts": [called("f"), called("g"), called("f")]},
+        {"role": "user", "parts": [answered("g", {"a": 1}), answered("f", {"output": "x"})]},
+        {"role": "user", "parts": [answered("f", {"error": "no"})]},
+    ]
+    prompt = parsed(USER, *turn)
+    _, said, first, second = prompt.messages
+    one, two, three = [p.id for p in said.content if isinstance(p, ToolCall)]
+    assert len({one, two, three}) == 3 and "" not in (one, two, three)
+    assert first.content == (
+        ToolResult(two, (Text('{"a":1}'),), name="g"),
+        ToolResult(one, (Text("x"),), name="f"),
+    )
+    assert second.content == (ToolResult(three, (Text("no"),), True, "f"),)
+    assert parsed(USER, *turn) == prompt
+
+
+def test_a_result_with_an_id_and_an_image_is_read() -> None:
+    image = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+    result = answered("f", {"result": [1]}, "c1")
+    result["functionResponse"]["parts"] = [image]
+    said = {"role": "model", "parts": [called("f", "c1")]}
+    [part] = parsed(USER, said, {"role": "user", "parts": [result]}).messages[2].content
+    assert part == ToolResult("c1", (Text("[1]"), Media("image", "image/png", PNG)), name="f")
+
+
+def saying(*parts: Any) -> dict[str, Any]:
+    return {"contents": [{"role": "user", "parts": list(parts)}]}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"contents": None}, "contents"),
+    ({"contents": []}, "contents"),
+    ({"contents": "hi"}, "contents"),
+    ({"contents": [5]}, "contents[0]"),
+    ({"contents": [{"role": "robot", "parts": [{"text": "x"}]}]}, "contents[0].role"),
+    ({"contents": [{"role": "user"}]}, "contents[0].parts"),
+    (saying(5), "contents[0].parts[0]"),
+    (saying({"text": 5}), "contents[0].parts[0].text"),
+    (saying({"inlineData": {"data": 5}}), "contents[0].parts[0].inlineData.data"),
+    (saying({"fileData": {}}), "contents[0].parts[0].fileData.fileUri"),
+    (saying({"functionCall": {}}), "contents[0].parts[0].functionCall.name"),
+    (saying(answered("f", {})), "contents[0].parts[0].functionResponse"),
+    (saying(answered("f", {}, "c1")), "contents[0].parts[0].functionResponse.id"),
+    ({"systemInstruction": 5}, "systemInstruction"),
+    ({"generationConfig": 5}, "generationConfig"),
+    (settings(topK="x"), "topK"),
+    (settings(stopSequences=[5]), "generationConfig.stopSequences[0]"),
+    ({"tools": [{"functionDeclarations": [{}]}]}, "tools[0].functionDeclarations[0].name"),
+    ({"tools": 5}, "tools"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD)
+def test_what_cannot_be_read_is_refused_by_name(fields: Any, param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        GEMINI.parse_request({"contents": [USER], **fields})
+    assert caught.value.param == param and param in caught.value.message
+
+
+def test_a_request_nested_without_end_is_refused() -> None:
+    deep: Any = {}
+    for _ in range(500):
+        deep = {"a": deep}
+    with pytest.raises(BadRequest):
+        parsed(safety_settings=deep)
+
+
+# --- requests that go out
+
+CONVERSATION = (
+    Message("system", (Text("s"),)),
+    Message("user", (Text("t"), IMAGE_HERE, Media("video", "video/mp4", url=URI))),
+    Message("assistant", (Reasoning("hm", STATE), Text("t"), CALL._replace(opaque=STATE))),
+    Message("user", (ToolResult("c1", (Text("low"), IMAGE_HERE), name="tide"),)),
+    Message("assistant", (ToolCall("c2", "tide", "{}", opaque=STATE), Native(GC, CODE))),
+    Message("user", (ToolResult("c2", (Text("no"),), True, "tide"), Text("well?"))),
+    Message("assistant", (Text("so"), Reasoning("", STATE))),
+)  # fmt: skip
+LEVELS = Traits(thinking="level", efforts=("low", "high"))
+LEGACY = Traits(schema="legacy", call_ids=False)
+ROUND_TRIPS = {
+    "sampling": asked(sampling=Sampling(0.5, 1, 4, 7, -1, 1, None, ("a",), 2, 3), max_tokens=16),
+    "tools": asked(tools=(TIDE, SEARCH), tool_choice=ToolChoice("auto")),
+    "a named tool": asked(tools=(TIDE,), tool_choice=ToolChoice("named", ("tide",))),
+    "allowed tools": asked(tools=(TIDE,), tool_choice=ToolChoice("allowed", ("f", "g"), True)),
+    "no tool": asked(tools=(TIDE,), tool_choice=ToolChoice("none")),
+    "a schema": asked(output=OutputFormat("json_schema", schema=SCHEMA)),
+    "JSON": asked(output=OutputFormat("json_object")),
+    "thinking": asked(thinking=Thinking("high", visible=True), tier="flex"),
+    "an unknown field": asked(extra={"safetySettings": [1]}),
+    "a conversation": Prompt("m", CONVERSATION, GC),
+}
+
+
+def sent(prompt: Prompt, traits: Traits = LEVELS, losses: Losses | None = None) -> dict[str, Any]:
+    body = GEMINI.render_request(prompt, traits, losses or Losses())
+    return dict(json.loads(json.dumps(body)))
+
+
+@pytest.mark.parametrize("prompt", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+def test_all_that_the_protocol_can_say_survives_it(prompt: Prompt) -> None:
+    assert GEMINI.parse_request({"model": "m", **sent(prompt)}) == prompt
+
+
+def thinks(effort: str = "", budget: int | None = None, **more: Any) -> Prompt:
+    return asked(thinking=Thinking(effort, budget, **more))
+
+
+CC = ApiProtocol.CHAT_COMPLETIONS
+BUDGETS = Traits(thinking="budget")
+ALWAYS = BUDGETS._replace(can_stop_thinking=False)
+NO_SIGNATURE = "c2tpcF90aG91Z2h0X3NpZ25hdHVyZV92YWxpZGF0b3I="
+ODD_SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": ["integer", "null"]}, "k": {"const": 5}},
+}
+
+
+def config_of(prompt: Prompt, traits: Traits) -> Any:
+    return sent(prompt, traits).get("generationConfig", {})
+
+
+SET: list[tuple[Prompt, Traits, dict[str, Any]]] = [
+    # prompt, target, its generationConfig
+    (asked(), LEVELS, {}),
+    (thinks("max"), LEVELS, {"thinkingConfig": {"thinkingLevel": "HIGH"}}),
+    (thinks("none", visible=False), LEVELS,
+     {"thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": False}}),
+    (thinks("high"), BUDGETS, {"thinkingConfig": {"thinkingBudget": 24_576}}),
+    (thinks("", 99), BUDGETS, {"thinkingConfig": {"thinkingBudget": 99}}),
+    (thinks("none"), BUDGETS, {"thinkingConfig": {"thinkingBudget": 0}}),
+    (thinks("none"), ALWAYS, {"thinkingConfig": {"thinkingBudget": 128}}),
+    (thinks(visible=True), LEVELS, {"thinkingConfig": {"includeThoughts": True}}),
+    (asked(sampling=Sampling(logprobs=0)), LEVELS, {"responseLogprobs": True}),
+    (asked(output=OutputFormat("json_schema", schema=ODD_SCHEMA)), LEGACY,
+     {"responseMimeType": "application/json", "responseSchema": {"type": "OBJECT", "properties": {
+         "n": {"type": "INTEGER", "nullable": True}, "k": {"enum": ["5"], "format": "enum",
+                                                          "type": "STRING"}}}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "traits", "wanted"), SET)
+def test_a_model_is_set_in_its_own_way(prompt: Prompt, traits: Traits, wanted: Any) -> None:
+    assert config_of(prompt, traits) == wanted
+
+
+def turned(*messages: Message) -> Prompt:
+    return Prompt("m", (Message("user", (Text("?"),)), *messages), CC)
+
+
+def assistant(*content: Content) -> Message:
+    return Message("assistant", content)
+
+
+def result(ident: str = "c1", *content: Any, **more: Any) -> Message:
+    return Message("user", (ToolResult(ident, content, name="tide", **more),))
+
+
+BARE = {"name": "tide", "args": {"a_b": 1}}
+IMAGE = {"inlineData": {"mimeType": "image/png", "data": PNG}}
+TURNS: list[tuple[Prompt, Traits, list[dict[str, Any]]]] = [
+    # prompt, target, the parts of its last content
+    (turned(assistant(CALL)), LEVELS,
+     [{"functionCall": {"id": "c1", **BARE}, "thoughtSignature": NO_SIGNATURE}]),
+    (turned(assistant(CALL, CALL)), LEVELS,
+     [{"functionCall": {"id": "c1", **BARE}, "thoughtSignature": NO_SIGNATURE},
+      {"functionCall": {"id": "c1", **BARE}}]),
+    (turned(assistant(CALL)), LEGACY, [{"functionCall": BARE}]),
+    (turned(assistant(Reasoning("", STATE), CALL)), LEVELS,
+     [{"functionCall": {"id": "c1", **BARE}, "thoughtSignature": "+/8="}]),
+    (turned(assistant(Reasoning("hm"), Text("t"))), LEVELS, [{"text": "t"}]),
+    (turned(assistant(Refusal("no"))), LEVELS, [{"text": "no"}]),
+    (turned(assistant(ToolCall("c1", "tide", '{"a":'))), LEGACY,
+     [{"functionCall": {"name": "tide", "args": {"input": '{"a":'}}}]),
+    (turned(assistant(CALL), result("c1", Text('{"a":1}'))), LEVELS,
+     [{"functionResponse": {"id": "c1", "name": "tide", "response": {"output": {"a": 1}}}}]),
+    (turned(assistant(CALL), result("c1", Text("no"), is_error=True)), LEGACY,
+     [{"functionResponse": {"name": "tide", "response": {"error": "no"}}}]),
+    (turned(assistant(CALL), result("c1", IMAGE_HERE)), LEVELS,
+     [{"functionResponse": {"id": "c1", "name": "tide", "response": {"output": ""},
+                            "parts": [IMAGE]}}]),
+    (turned(assistant(CALL), result("c1", IMAGE_HERE)), LEGACY,
+     [{"functionResponse": {"name": "tide", "response": {"output": ""}}}, IMAGE]),
+    (turned(Message("user", (Media("image", url="https://x.example/"),))), LEVELS,
+     [{"text": "?"}, {"fileData": {"fileUri": "https://x.example/", "mimeType": "image/jpeg"}}]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "traits", "parts"), TURNS)
+def test_a_turn_is_said_in_parts(prompt: Prompt, traits: Traits, parts: list[Any]) -> None:
+    assert sent(prompt, traits)["contents"][-1]["parts"] == parts
+
+
+def test_a_missing_signature_is_noted() -> None:
+    losses = Losses()
+    sent(turned(assistant(CALL)), losses=losses)
+    assert losses.found == [Loss("signature_missing", "thoughtSignature", False)]
+
+
+def test_a_conversation_begins_with_the_user_and_alternates() -> None:
+    hi = Message("user", (Text("hi"),))
+    prompt = Prompt("m", (Message("developer", (Text("d"),)), assistant(Text("a")), hi, hi), CC)
+    body = sent(prompt)
+    assert body["systemInstruction"] == {"parts": [{"text": "d"}]}
+    assert [content["role"] for content in body["contents"]] == ["user", "model", "user"]
+
+
+TOOLED: list[tuple[Prompt, Traits, dict[str, Any]]] = [
+    # prompt, target, what it is sent
+    (asked(tools=(Tool("f"),)), LEVELS,
+     {"tools": [{"functionDeclarations": [{"name": "f", "description": "f"}]}]}),
+    (asked(tools=(TIDE,)), LEGACY, declared(parameters=GOOGLE_SCHEMA)),
+    (asked(tools=(Tool("web_search", kind="hosted"), TIDE)), LEVELS,
+     {"tools": [*declared(parametersJsonSchema=SCHEMA)["tools"], {"googleSearch": {}}]}),
+    (asked(tool_choice=ToolChoice("required")), LEVELS, {"tools": None, "toolConfig": None}),
+    (asked(tools=(TIDE,), tool_choice=ToolChoice("required")), LEVELS,
+     {"toolConfig": {"functionCallingConfig": {"mode": "ANY"}}}),
+    (asked(tools=(TIDE._replace(strict=True),)), LEVELS,
+     {"toolConfig": {"functionCallingConfig": {"mode": "VALIDATED"}}}),
+    (asked(tier="priority"), LEVELS, {"serviceTier": "priority"}),
+    (asked(tier="scale"), LEVELS, {"serviceTier": "standard"}),
+    (asked(tier="auto"), LEVELS, {"serviceTier": None}),
+    (asked(source=CC, extra={"foo": 1}), LEVELS, {"foo": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "traits", "wanted"), TOOLED)
+def test_a_target_is_asked_in_its_own_way(prompt: Prompt, traits: Traits, wanted: Any) -> None:
+    body = sent(prompt, traits)
+    assert {key: body.get(key) for key in wanted} == wanted and None not in body.values()
+
+
+# --- answers that come in
+
+
+def decoded(*chunks: Any) -> list[Choice]:
+    decoder, gatherer = GEMINI.decoder("google"), Gatherer()
+    for part in [*(p for chunk in chunks for p in decoder.feed(chunk)), *decoder.finish()]:
+        gatherer.add(part)
+    return gatherer.choices()
+
+
+HEARD: list[tuple[list[Any], tuple[Block, ...], Finish]] = [
+    ([said({"text": "a"}), said({"text": "b"}, finishReason="STOP")], (Text("ab"),), Finish.STOP),
+    ([said(finishReason="OTHER")], (), Finish.CONTENT_FILTER),
+    ([said({"text": "a"}), said(finishReason="OTHER")], (Text("a"),), Finish.STOP),
+    ([said({"functionCall": {"name": "f"}}, finishReason="STOP")], (ToolCall("", "f", "{}"),),
+     Finish.STOP),
+    ([said({"text": "hm", "thought": True, "thoughtSignature": "-_8"}), said({"text": "a"})],
+     (Reasoning("hm", STATE), Text("a")), Finish.STOP),
+    ([said({"text": "a"}, {"text": "", "thoughtSignature": "-_8"}, {"text": "b"})],
+     (Text("a"), Reasoning("", STATE), Text("b")), Finish.STOP),
+    ([said(CODE, {"text": "a"})], (Text("a"),), Finish.STOP),
+    ([{"promptFeedback": {"blockReason": "SAFETY"}}], (), Finish.CONTENT_FILTER),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("chunks", "content", "finish"), HEARD)
+def test_a_stream_is_read(chunks: Any, content: tuple[Block, ...], finish: Finish) -> None:
+    [choice] = decoded(*chunks)
+    assert (choice.content, choice.finished.finish) == (content, finish)
+
+
+def test_a_finish_is_told_in_detail() -> None:
+    [choice] = decoded(said(finishReason="SAFETY", finishMessage="why"))
+    assert choice.finished == Finished(Finish.CONTENT_FILTER, 0, "SAFETY", None, "why")
+
+
+# --- answers that go out
+
+BLOCKS: tuple[Block, ...] = (
+    Reasoning("hm", FOREIGN),
+    Text("Ääh Flut", (Citation("https://tides.example/", "Tides", 4, 8),)),
+    ToolCall("c1", "f", '{"a":1}'),
+    ToolCall("c2", "g"),
+    Media("image", "image/png", PNG),
+)
+LABEL = AnswerLabel("abc", 1_764_000_000, "m")
+DONE = Finished(Finish.TOOL_CALLS, detail="why")
+SPENT = Usage(9, 4, 3, 0, 1)
+
+
+def told(blocks: Iterable[Block] = BLOCKS, *finishes: Finished) -> list[Any]:
+    """The chunks of a stream."""
+    encoder = GEMINI.encoder(asked(), LABEL)
+    parts = [part for key, block in enumerate(blocks) for part in parts_of(block, key)]
+    ends = [encoder.encode(one) for one in finishes or (DONE,)]
+    raw = b"".join([*map(encoder.encode, parts), *ends, encoder.end(SPENT)])
+    assert GEMINI.strict(raw) and b"[DONE]" not in raw and b"event:" not in raw
+    assert raw.count(b"\n") == raw.count(b"\r\n") == 2 * raw.count(b"data: {")
+    return [json.loads(line[6:]) for line in raw.splitlines() if line]
+
+
+def test_every_chunk_has_a_part_and_a_name() -> None:
+    for chunk in told():
+        for candidate in chunk["candidates"]:
+            assert candidate["content"]["role"] == "model" and candidate["index"] == 0
+            assert all(candidate["content"]["parts"]) and candidate["content"]["parts"]
+        assert (chunk["modelVersion"], chunk["responseId"]) == ("m", "abc")
+
+
+def test_the_finish_and_the_usage_are_on_the_last_chunk_alone() -> None:
+    *chunks, last = told()
+    [candidate] = last["candidates"]
+    assert candidate["content"]["parts"] == [{"text": ""}]
+    assert (candidate["finishReason"], candidate["finishMessage"]) == ("STOP", "why")
+    assert GEMINI.usage(last) == SPENT
+    assert not any("usageMetadata" in c or "finishReason" in c["candidates"][0] for c in chunks)
+
+
+def test_all_candidates_finish_on_the_last_chunk() -> None:
+    last = told((), Finished(Finish.LENGTH, 1), Finished(Finish.STOP, 0))[-1]
+    finished = [(one["index"], one["finishReason"]) for one in last["candidates"]]
+    assert finished == [(0, "STOP"), (1, "MAX_TOKENS")]
+
+
+def parts_told(chunks: list[Any]) -> list[Any]:
+    return [part for chunk in chunks for part in chunk["candidates"][0]["content"]["parts"]]
+
+
+def test_a_call_is_told_whole_with_a_signature_on_it() -> None:
+    calls = [part for part in parts_told(told()) if "functionCall" in part]
+    assert [call["functionCall"] for call in calls] == [
+        {"id": "c1", "name": "f", "args": {"a": 1}},
+        {"id": "c2", "name": "g", "args": {}},
+    ]
+    state, none = [base64.b64decode(call["thoughtSignature"]) for call in calls]
+    assert state.decode() == seal(FOREIGN) and none == b"skip_thought_signature_validator"
+
+
+def test_a_source_s_place_is_counted_in_bytes() -> None:
+    for candidate in (told()[-1]["candidates"][0], rendered(BLOCKS)["candidates"][0]):
+        grounding = candidate["groundingMetadata"]
+        web = {"web": {"uri": "https://tides.example/", "title": "Tides"}}
+        assert grounding["groundingChunks"] == [web]
+        [support] = grounding["groundingSupports"]
+        assert support["segment"] == {"startIndex": 6, "endIndex": 10, "text": "Flut"}
+
+
+@pytest.mark.xfail(strict=True, reason="a source's place does not say in which part it is")
+def test_a_source_s_place_names_its_part() -> None:
+    texts = (Text("one"), Text("two", (Citation("https://tides.example/", "", 0, 3),)))
+    [support] = rendered(texts)["candidates"][0]["groundingMetadata"]["groundingSupports"]
+    assert support["segment"] == {"partIndex": 1, "startIndex": 0, "endIndex": 3, "text": "two"}
+
+
+def test_a_stream_that_cannot_go_on_ends_with_an_error() -> None:
+    encoder, error = GEMINI.encoder(asked(), LABEL), UpstreamError("broke", status=502)
+    assert encoder.fail(error) == GEMINI.fail_stream(error, StreamState(), b"")
+
+
+def rendered(
+    blocks: tuple[Block, ...], finished: Finished = DONE, losses: Losses | None = None
+) -> Any:
+    choices = [Choice(blocks, finished)]
+    answer = GEMINI.render_response(asked(), LABEL, choices, SPENT, losses or Losses())
+    return json.loads(json.dumps(answer))
+
+
+def test_a_rendered_answer_says_what_the_stream_says() -> None:
+    answer, chunks = rendered(BLOCKS), told()
+    [candidate] = answer["candidates"]
+    assert candidate["content"]["parts"] == parts_told(chunks)[:-1]
+    assert (candidate["finishReason"], candidate["index"]) == ("STOP", 0)
+    assert answer["usageMetadata"] == chunks[-1]["usageMetadata"] == {
+        "promptTokenCount": 9, "candidatesTokenCount": 3, "thoughtsTokenCount": 1,
+        "cachedContentTokenCount": 3, "totalTokenCount": 13,
+    }  # fmt: skip
+    assert (answer["modelVersion"], answer["responseId"]) == ("m", "abc")
+
+
+def test_an_answer_of_nothing_has_a_part_all_the_same() -> None:
+    assert rendered(())["candidates"][0]["content"]["parts"] == [{"text": ""}]
+
+
+def test_arguments_that_are_no_json_are_a_loss() -> None:
+    losses, botched = Losses(), (ToolCall("c", "f", '{"a":'),)
+    [part] = rendered(botched, losses=losses)["candidates"][0]["content"]["parts"]
+    assert part["functionCall"]["args"] == {}
+    assert losses.found == [Loss("invalid_arguments", "functionCall.args")]
+
+
+def test_a_call_that_the_limit_cut_off_is_left_out() -> None:
+    cut, limit = (Text("a"), ToolCall("c", "f", '{"a":')), Finished(Finish.LENGTH)
+    assert rendered(cut, limit)["candidates"][0]["content"]["parts"] == [{"text": "a"}]
+    assert parts_told(told(cut, limit)) == [{"text": "a"}, {"text": ""}]
+    assert any("functionCall" in part for part in parts_told(told(cut)))
+
+
+@pytest.mark.parametrize("name", ["thoughtSignature", "thought_signature"])
+@pytest.mark.parametrize(("vendor", "kept"), [("google", None), ("anthropic", "c2ln")])
+def test_a_call_never_loses_its_signature(name: str, vendor: str, kept: str | None) -> None:
+    part = {"functionCall": {"name": "f"}, name: SEALED}
+    body = {"contents": [{"role": "model", "parts": [part]}]}
+    assert GEMINI.sealed(body) and GEMINI.unseal(body, vendor)
+    assert part[name] == (kept or NO_SIGNATURE)

@@ -1,30 +1,52 @@
-"""Anthropic Messages: usage, errors, the signs of life of a stream."""
+"""Anthropic Messages: requests, answers, errors, the signs of life of a stream."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from support import named_event, slices
+from support import named_event, read_wire
 
 from bitrouter import (
     MESSAGES,
     AnswerLabel,
+    ApiProtocol,
     BadRequest,
+    Block,
+    Choice,
+    Content,
     Finish,
     Finished,
+    Gatherer,
     Kind,
+    Loss,
+    Losses,
+    Media,
+    Message,
+    Native,
+    Opaque,
+    OutputFormat,
     Prompt,
+    Reasoning,
+    Refusal,
+    Sampling,
     SseEvent,
-    StreamPart,
-    StreamRelay,
     StreamState,
-    TextDelta,
+    Text,
+    Thinking,
+    Tool,
     ToolCall,
+    ToolChoice,
+    ToolResult,
+    Traits,
     UpstreamError,
+    UpstreamUnfit,
     Usage,
     parse_event,
+    parts_of,
+    seal,
 )
 
 
@@ -288,22 +310,413 @@ def test_an_empty_content_is_an_answer() -> None:
     assert MESSAGES.what_is_missing({"content": []}) == ""
 
 
-# --- what the built-in model says in this protocol
+# --- requests that come in
 
-PARTS: list[StreamPart] = [
-    TextDelta("He"),
-    TextDelta("llo"),
-    ToolCall("c1", "f", "{}"),
-    ToolCall("c2", "g", '{"a":1}'),
+ME = ApiProtocol.MESSAGES
+SCHEMA = {"type": "object", "properties": {"port": {}}, "required": ["port"]}
+CLOSED = {**SCHEMA, "additionalProperties": False}
+TIDE = Tool("tide", "d", SCHEMA)
+FUNCTION = {"name": "tide", "description": "d", "input_schema": SCHEMA}
+SEARCH = {"type": "web_search_20260209", "name": "web_search", "max_uses": 2}
+MARK = {"type": "ephemeral"}
+HOUR = {"type": "ephemeral", "ttl": "1h"}
+OUTPUT = OutputFormat("json_schema", schema=CLOSED, strict=True)
+SHAPE = {"type": "json_schema", "schema": CLOSED}
+HI = Message("user", (Text("hi"),))
+
+
+def asked(*content: Any, source: ApiProtocol = ME, **more: Any) -> Prompt:
+    return Prompt("m", (Message("user", content or (Text("hi"),)),), source, **more)
+
+
+def parsed(*messages: Any, **fields: Any) -> Prompt:
+    said = list(messages) or [{"role": "user", "content": "hi"}]
+    return MESSAGES.parse_request({"model": "m", "messages": said, **fields})
+
+
+FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    # what is asked, what it means
+    ({"stream": True, "max_tokens": 5}, {"stream": True, "max_tokens": 5}),
+    ({"temperature": 1, "top_p": 0.5, "top_k": 4, "stop_sequences": ["a", "b"]},
+     {"sampling": Sampling(1, 0.5, 4, stop=("a", "b"))}),
+    ({"system": "s"}, {"messages": (Message("system", (Text("s"),)), HI)}),
+    ({"system": ""}, {}),
+    ({"system": [{"type": "text", "text": "s", "cache_control": HOUR}]},
+     {"messages": (Message("system", (Text("s", cache="1h"),)), HI)}),
+    ({"system": [{"type": "text", "text": "x-anthropic-billing-header: x"}]}, {}),
+    ({"tools": [FUNCTION, {**FUNCTION, "type": "custom", "strict": True, "cache_control": MARK}]},
+     {"tools": (TIDE, TIDE._replace(strict=True, cache="5m"))}),
+    ({"tools": [SEARCH]},
+     {"tools": (Tool("web_search", kind="hosted", native=Native(ME, SEARCH)),)}),
+    ({"tool_choice": {"type": "any"}}, {"tool_choice": ToolChoice("required")}),
+    ({"tool_choice": {"type": "tool", "name": "f"}}, {"tool_choice": ToolChoice("named", ("f",))}),
+    ({"tool_choice": {"type": "none"}}, {"tool_choice": ToolChoice("none")}),
+    ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+     {"tool_choice": ToolChoice("auto"), "parallel_tools": False}),
+    ({"output_config": {"format": SHAPE, "effort": "low"}},
+     {"output": OUTPUT, "thinking": Thinking("low")}),
+    ({"output_format": SHAPE}, {"output": OUTPUT}),
+    ({"thinking": {"type": "enabled", "budget_tokens": 4096}},
+     {"thinking": Thinking("low", 4096, visible=True)}),
+    ({"thinking": {"type": "adaptive", "display": "omitted"}},
+     {"thinking": Thinking("", None, True, False)}),
+    ({"thinking": {"type": "disabled"}}, {"thinking": Thinking("none", visible=False)}),
+    ({"metadata": {"user_id": "u"}, "service_tier": "auto"}, {"user": "u", "tier": "auto"}),
+    ({"cache_control": MARK}, {"cache": "5m"}),
+    ({"container": "c", "foo": None}, {"extra": {"container": "c"}}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "meaning"), FIELDS)
+def test_a_request_becomes_a_prompt(fields: Any, meaning: dict[str, Any]) -> None:
+    assert parsed(**fields) == asked()._replace(**meaning)
+
+
+def image(**source: Any) -> dict[str, Any]:
+    return {"type": "image", "source": source}
+
+
+def document(**source: Any) -> dict[str, Any]:
+    return {"type": "document", "source": source, "title": "a.pdf"}
+
+
+SIGNED = Opaque("anthropic", "signature", "c2ln")
+JPEG, PDF = "/9j/4AAQ", "JVBERi0="
+USE = {"type": "tool_use", "id": "t1", "name": "tide", "input": {"port": "Brest"}}
+CALL = ToolCall("t1", "tide", '{"port":"Brest"}')
+FOUND = {"type": "search_result", "title": "T", "source": "https://x.example/",
+         "content": [{"type": "text", "text": "low"}]}  # fmt: skip
+PAGES = [{"type": "text", "text": "one"}, image(type="url", url="https://x.example/a.png")]
+SERVED = {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {}}
+CONTENTS: list[tuple[Any, list[Content]]] = [
+    ({"type": "text", "text": "t", "cache_control": HOUR}, [Text("t", cache="1h")]),
+    # what it is declared to be is not what it is
+    (image(type="base64", media_type="image/png", data=JPEG), [Media("image", "image/jpeg", JPEG)]),
+    (image(type="url", url="https://x.example/a.png"),
+     [Media("image", "image/png", url="https://x.example/a.png")]),
+    (image(type="file", file_id="f"), [Media("image", file_id="f", vendor="anthropic")]),
+    (document(type="base64", media_type="application/pdf", data=PDF),
+     [Media("document", "application/pdf", PDF, name="a.pdf")]),
+    (document(type="text", media_type="text/plain", data="é"),
+     [Media("document", "text/plain", "w6k=", name="a.pdf")]),
+    (document(type="content", content=PAGES),
+     [Text("one"), Media("image", "image/png", url="https://x.example/a.png")]),
+    (FOUND, [Text("T\nhttps://x.example/\n\nlow")]),
+    (USE, [CALL]),
+    ({**USE, "input": None}, [CALL._replace(arguments="{}")]),
+    ({"type": "thinking", "thinking": "hm", "signature": "c2ln"}, [Reasoning("hm", SIGNED)]),
+    ({"type": "thinking", "thinking": "", "signature": seal(Opaque("openai", "encrypted", "x"))},
+     [Reasoning("", Opaque("openai", "encrypted", "x"))]),
+    ({"type": "redacted_thinking", "data": "cmVk"},
+     [Reasoning("", Opaque("anthropic", "redacted", "cmVk"))]),
+    (SERVED, [Native(ME, SERVED)]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "content"), CONTENTS)
+def test_a_message_is_made_of_blocks(block: Any, content: list[Content]) -> None:
+    for role in ("user", "assistant"):
+        assert parsed({"role": role, "content": [block]}).messages == (
+            Message(role, tuple(content)),
+        )
+
+
+def result(content: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "tool_result", "tool_use_id": "t1", "content": content, **more}
+
+
+SHOWN = [{"type": "text", "text": "see"}, image(type="base64", media_type="image/jpeg", data=JPEG)]
+RESULTS: list[tuple[Any, ToolResult]] = [
+    (result("low"), ToolResult("t1", (Text("low"),), name="tide")),
+    (result(None), ToolResult("t1", (), name="tide")),
+    (result([], is_error=True), ToolResult("t1", (), True, "tide")),
+    (result(SHOWN),
+     ToolResult("t1", (Text("see"), Media("image", "image/jpeg", JPEG)), name="tide")),
+    (result([FOUND]), ToolResult("t1", (Text("T\nhttps://x.example/\n\nlow"),), name="tide")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("block", "content"), RESULTS)
+def test_a_result_knows_the_tool_that_it_comes_from(block: Any, content: ToolResult) -> None:
+    said = {"role": "assistant", "content": [USE]}
+    assert parsed(said, {"role": "user", "content": [block]}).messages[1].content == (content,)
+
+
+def saying(*blocks: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(blocks)}]}
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"messages": None}, "messages"),
+    ({"messages": []}, "messages"),
+    ({"messages": "hi"}, "messages"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    (saying("x"), "messages[0].content[0]"),
+    (saying({"text": "x"}), "messages[0].content[0].type"),
+    (saying({"type": "text"}), "messages[0].content[0].text"),
+    (saying({"type": "image"}), "messages[0].content[0].source"),
+    (saying(image(type="magic")), "messages[0].content[0].source.type"),
+    (saying(image(type="base64", data=5)), "messages[0].content[0].source.data"),
+    (saying({**USE, "id": 5}), "messages[0].content[0].id"),
+    (saying(result("x")), "messages[0].content.tool_use_id"),
+    ({"system": 5}, "system"),
+    ({"system": [{"type": "image"}]}, "system[0].text"),
+    ({"max_tokens": "x"}, "max_tokens"),
+    ({"tools": [{"type": "custom"}]}, "tools[0].name"),
+    ({"tool_choice": {"type": "maybe"}}, "tool_choice.type"),
+    ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
+    ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format.schema"),
+    ({"thinking": "hard"}, "thinking"),
+    ({"stop_sequences": [5]}, "stop_sequences[0]"),
+    ({"thread": {"id": "x"}}, "thread"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD)
+def test_what_cannot_be_read_is_refused_by_name(fields: Any, param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        MESSAGES.parse_request({"model": "m", **asked_plainly(), **fields})
+    assert caught.value.param == param and param in caught.value.message
+
+
+def asked_plainly() -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "hi"}]}
+
+
+# --- requests that go out
+
+CONVERSATION = (
+    Message("system", (Text("s", cache="1h"),)),
+    Message("user", (Text("t", cache="5m"), Media("image", "image/jpeg", JPEG),
+                     Media("document", "application/pdf", PDF, name="a.pdf"))),
+    Message("assistant", (Reasoning("hm", SIGNED), Text("t"), CALL,
+                          Reasoning("", Opaque("anthropic", "redacted", "cmVk")))),
+    Message("user", (ToolResult("t1", (Text("see"), Media("image", url="https://x.example/")),
+                                True, "tide", cache="5m"), Text("well?"))),
+    Message("assistant", (Native(ME, SERVED),)),
+    Message("user", (Text("go on"),)),
+)  # fmt: skip
+ADAPTIVE = Traits(thinking="adaptive", efforts=("low", "high"))
+ROUND_TRIPS = {
+    "sampling": asked(sampling=Sampling(0.5, 0.5, 4, stop=("a",)), max_tokens=16, stream=True),
+    "tools": asked(tools=(TIDE._replace(cache="5m"),), parallel_tools=False,
+                   tool_choice=ToolChoice("required")),
+    "a named tool": asked(tools=(TIDE,), tool_choice=ToolChoice("named", ("tide",))),
+    "no tool": asked(tools=(TIDE,), tool_choice=ToolChoice("none")),
+    "a schema": asked(output=OUTPUT),
+    "thinking": asked(thinking=Thinking("high", adaptive=True, visible=True)),
+    "no thinking": asked(thinking=Thinking("none", visible=False)),
+    "whose it is": asked(user="u", tier="auto", cache="1h", extra={"container": "c"}),
+    "system in the middle": Prompt("m", (HI, Message("system", (Text("s"),)),
+                                         Message("assistant", (Text("a"),))), ME),
+    "a conversation": Prompt("m", CONVERSATION, ME, tools=(TIDE,)),
+}  # fmt: skip
+
+
+def sent(prompt: Prompt, traits: Traits = ADAPTIVE, losses: Losses | None = None) -> dict[str, Any]:
+    body = MESSAGES.render_request(prompt, traits, losses or Losses())
+    return dict(json.loads(json.dumps(body)))
+
+
+@pytest.mark.parametrize("prompt", ROUND_TRIPS.values(), ids=ROUND_TRIPS)
+def test_all_that_the_protocol_can_say_survives_it(prompt: Prompt) -> None:
+    limit = prompt.max_tokens or 8192
+    assert MESSAGES.parse_request(sent(prompt)) == prompt._replace(max_tokens=limit)
+
+
+CC = ApiProtocol.CHAT_COMPLETIONS
+BUDGET = Traits(thinking="budget", max_output=9000)
+ALWAYS = ADAPTIVE._replace(can_stop_thinking=False)
+ODD_SCHEMA = {"anyOf": [SCHEMA], "properties": {"a": {}}}
+
+
+def thinks(effort: str = "", budget: int | None = None, **more: Any) -> Prompt:
+    return asked(thinking=Thinking(effort, budget), **more)
+
+
+def used(name: str, schema: Any, **more: Any) -> dict[str, Any]:
+    return {"tools": [{"name": name, "input_schema": schema, **more}]}
+
+
+def turned(*messages: Message) -> Prompt:
+    return Prompt("m", messages, CC)
+
+
+EMPTY = {"type": "object", "properties": {}}
+ASSISTANT, RESULT = Message("assistant", (CALL,)), Message("user", (ToolResult("t1"),))
+ASKED_FOR: list[tuple[Prompt, Traits, dict[str, Any]]] = [
+    # prompt, target, what it is sent
+    (asked(), Traits(max_output=64_000), {"max_tokens": 64_000}),
+    (asked(), Traits(), {"max_tokens": 8192}),
+    (asked(source=CC, extra={"foo": 1}), Traits(), {"foo": None}),
+    (asked(tier="default"), Traits(), {"service_tier": "standard_only"}),
+    (asked(tier="fast"), Traits(), {"speed": "fast", "service_tier": None}),
+    (thinks("medium"), ADAPTIVE,
+     {"thinking": {"type": "adaptive"}, "output_config": {"effort": "low"}}),
+    (thinks("minimal"), ADAPTIVE, {"output_config": {"effort": "low"}}),
+    (thinks("none"), ADAPTIVE, {"thinking": {"type": "disabled"}, "output_config": None}),
+    (thinks("none"), ALWAYS, {"thinking": None, "output_config": {"effort": "low"}}),
+    (thinks("low"), BUDGET, {"thinking": {"type": "enabled", "budget_tokens": 2048}}),
+    (thinks("", 5000), BUDGET, {"thinking": {"type": "enabled", "budget_tokens": 5000}}),
+    (thinks("", 500), BUDGET, {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
+    (thinks("max"), BUDGET, {"thinking": {"type": "enabled", "budget_tokens": 8999}}),
+    (thinks("max", max_tokens=1024), BUDGET, {"thinking": None}),
+    (thinks("low", sampling=Sampling(0.5)), BUDGET, {"temperature": None}),
+    (thinks("low", tools=(TIDE,), tool_choice=ToolChoice("required")), BUDGET, {"thinking": None}),
+    (asked(output=OUTPUT, thinking=Thinking("low")), ADAPTIVE,
+     {"output_config": {"effort": "low", "format": SHAPE}}),
+    (asked(tools=(Tool("f"),)), Traits(), used("f", EMPTY)),
+    (asked(tools=(TIDE._replace(strict=True, description=""),)), Traits(),
+     used("tide", CLOSED, strict=True)),
+    (asked(tools=(Tool("f", "", ODD_SCHEMA),)), Traits(),
+     used("f", {"type": "object", "properties": {"a": {}}})),
+    (asked(tools=(Tool("web_search", kind="hosted"),)), Traits(),
+     {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
+    (asked(tools=(TIDE,), parallel_tools=False), Traits(),
+     {"tool_choice": {"type": "auto", "disable_parallel_tool_use": True}}),
+    (asked(tools=(TIDE,), tool_choice=ToolChoice("none"), parallel_tools=False), Traits(),
+     {"tool_choice": {"type": "none"}}),
+    # tools that were called are declared, but not on offer
+    (turned(HI, ASSISTANT, RESULT), Traits(),
+     {**used("tide", EMPTY), "tool_choice": {"type": "none"}}),
+    # a conversation begins with the user, in turns, and with something in each
+    (turned(Message("system", (Text("s"),)), Message("developer", (Text("d"),)), HI), Traits(),
+     {"system": "s\n\nd", "messages": [{"role": "user", "content": "hi"}]}),
+    (turned(Message("assistant", (Text("a  \n"),))), Traits(),
+     {"messages": [{"role": "user", "content": "."},
+                   {"role": "assistant", "content": "a"}]}),
+    (turned(HI, HI), Traits(), {"messages": [{"role": "user", "content": [
+        {"type": "text", "text": "hi"}, {"type": "text", "text": "hi"}]}]}),
+    (turned(Message("user", (Text(" "),))), Traits(),
+     {"messages": [{"role": "user", "content": "."}]}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("prompt", "traits", "wanted"), ASKED_FOR)
+def test_a_target_is_asked_in_its_own_way(prompt: Prompt, traits: Traits, wanted: Any) -> None:
+    body = sent(prompt, traits)
+    assert {key: body.get(key) for key in wanted} == wanted and None not in body.values()
+
+
+LOST = [
+    (asked(tier="flex"), Traits(), Loss("dropped", "service_tier")),
+    (thinks("none"), ALWAYS, Loss("thinking_always_on", "reasoning_effort", False)),
+    (thinks("low", max_tokens=1024), BUDGET, Loss("dropped", "reasoning_effort")),
+    (thinks("low", sampling=Sampling(0.5)), BUDGET, Loss("dropped", "temperature")),
 ]
-END = Finished(Finish.TOOL_CALLS, Usage(5, 2))
-LABEL = AnswerLabel("abc", 1_764_000_000)
 
 
-def encoded(parts: list[Any]) -> bytes:
-    assert MESSAGES.encoder is not None
-    encoder = MESSAGES.encoder(Prompt("m", "hi", size=40), LABEL)
-    return b"".join([encoder.encode(part) for part in [*parts, END]])
+@pytest.mark.parametrize(("prompt", "traits", "loss"), LOST)
+def test_what_is_lost_is_noted(prompt: Prompt, traits: Traits, loss: Loss) -> None:
+    losses = Losses()
+    sent(prompt, traits, losses)
+    assert losses.found == [loss]
+
+
+def test_results_come_first_in_their_turn() -> None:
+    _, _, turn = sent(turned(HI, ASSISTANT, HI, RESULT))["messages"]
+    assert [block["type"] for block in turn["content"]] == ["tool_result", "text"]
+
+
+@pytest.mark.parametrize(
+    ("media", "code"),
+    [
+        (Media("audio", "audio/wav", "AAAA"), "unsupported_modality"),
+        (Media("document", "application/msword", "AAAA"), "unsupported_modality"),
+        (Media("image", "image/svg+xml", "AAAA"), "unsupported_media_type"),
+    ],
+)
+def test_media_that_have_no_place_make_the_target_unfit(media: Media, code: str) -> None:
+    with pytest.raises(UpstreamUnfit) as caught:
+        sent(asked(media))
+    assert (caught.value.code, caught.value.param) == (code, media.kind)
+
+
+# --- answers that come in
+
+
+def decoded(events: Iterable[Any]) -> Choice:
+    decoder, gatherer = MESSAGES.decoder("anthropic"), Gatherer()
+    for event in events:
+        for part in decoder.feed(event):
+            gatherer.add(part)
+    return gatherer.choices()[0]
+
+
+def test_a_refusal_says_why() -> None:
+    finished = decoded(events_of(read_wire("messages/refused")["stream"])).finished
+    assert (finished.finish, finished.detail) == (Finish.CONTENT_FILTER, "Not that.")
+
+
+def test_a_stop_sequence_is_told() -> None:
+    stopped = {
+        "type": "message_delta",
+        "delta": {"stop_reason": "stop_sequence", "stop_sequence": "E"},
+    }
+    assert decoded([stopped]).finished == Finished(Finish.STOP_SEQUENCE, 0, "stop_sequence", "E")
+
+
+@pytest.mark.parametrize("name", ["messages/paused", "messages/searched", "messages/calls"])
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_paused_turn_goes_on_with_the_blocks_as_they_were(name: str, streamed: bool) -> None:
+    wire, decoder = read_wire(name), MESSAGES.decoder("anthropic")
+    answer = json.loads(wire["answer"])
+    if streamed:
+        for event in events_of(wire["stream"]):
+            decoder.feed(event)
+    else:
+        decoder.whole(answer)
+    body = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
+    resumed = decoder.resume(body)
+    assert resumed["messages"][1] == {"role": "assistant", "content": answer["content"]}
+    assert resumed["model"] == "m" and len(body["messages"]) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="an envelope in a whole answer is opened, in a stream not")
+def test_a_sealed_signature_is_read_alike_whole_and_streamed() -> None:
+    block = {
+        "type": "thinking",
+        "thinking": "hm",
+        "signature": seal(Opaque("google", "thought", "x")),
+    }
+    start = {"type": "content_block_start", "index": 0, "content_block": {"type": "thinking"}}
+    deltas = [
+        {"type": "content_block_delta", "index": 0, "delta": {"type": f"{k}_delta", k: block[k]}}
+        for k in ("thinking", "signature")
+    ]
+    gatherer = Gatherer()
+    for part in MESSAGES.decoder("anthropic").whole({"content": [block]}):
+        gatherer.add(part)
+    stream = [start, *deltas, {"type": "content_block_stop", "index": 0}]
+    assert decoded(stream).content == gatherer.choices()[0].content
+
+
+# --- answers that go out
+
+BLOCKS: tuple[Block, ...] = (
+    Reasoning("hm", SIGNED),
+    Reasoning("", Opaque("anthropic", "redacted", "cmVk")),
+    Reasoning("so", Opaque("openai", "encrypted", "ZW5j", id="rs_1")),
+    Text("Hello"),
+    ToolCall("c1", "f", '{"a":1}', opaque=Opaque("google", "thought", "dGhv")),
+    ToolCall("c2", "g"),
+    Text("after"),
+)
+KINDS = ["thinking", "redacted_thinking", "thinking", "text", "redacted_thinking", "tool_use",
+         "tool_use", "text"]  # fmt: skip
+LABEL = AnswerLabel("abc", 1_764_000_000, "m", 10)
+CALLED = Finished(Finish.TOOL_CALLS)
+
+
+def told(blocks: Iterable[Block] = BLOCKS, finished: Finished = CALLED) -> list[Any]:
+    """The events of a stream."""
+    encoder = MESSAGES.encoder(asked(), LABEL)
+    parts = [part for key, block in enumerate(blocks) for part in parts_of(block, key)]
+    raw = b"".join([*map(encoder.encode, [*parts, finished]), encoder.end(Usage(9, 4, 3, 2, 1))])
+    named = [line[7:].decode() for line in raw.split(b"\n") if line.startswith(b"event: ")]
+    assert MESSAGES.strict(raw) and named == [event["type"] for event in events_of(raw)]
+    return events_of(raw)
 
 
 def events_of(raw: bytes) -> list[Any]:
@@ -311,56 +724,110 @@ def events_of(raw: bytes) -> list[Any]:
 
 
 def test_blocks_are_numbered_from_0_and_closed_before_the_next_opens() -> None:
-    blocks = [
-        (e["type"].removeprefix("content_block_"), e["index"])
-        for e in events_of(encoded(PARTS))
-        if "index" in e
+    inside: int | None = None
+    opened: list[str] = []
+    for event in told():
+        match event["type"]:
+            case "content_block_start":
+                assert inside is None and event["index"] == len(opened)
+                inside = event["index"]
+                opened.append(event["content_block"]["type"])
+            case "content_block_delta":
+                assert event["index"] == inside
+            case "content_block_stop":
+                assert event["index"] == inside
+                inside = None
+    assert opened == KINDS and inside is None
+
+
+def test_the_frame_is_whole() -> None:
+    first, *_, delta, last = told()
+    assert [first["type"], delta["type"], last["type"]] == [
+        "message_start",
+        "message_delta",
+        "message_stop",
     ]
-    wanted = [("start", 0), ("delta", 0), ("delta", 0), ("stop", 0)]
-    wanted += [(step, i) for i in (1, 2) for step in ("start", "delta", "stop")]
-    assert blocks == wanted
+    assert first["message"]["usage"] == {"input_tokens": 10, "output_tokens": 1}
+    assert (first["message"]["content"], first["message"]["stop_reason"]) == ([], None)
+    assert delta["delta"] == {"stop_reason": "tool_use", "stop_sequence": None}
+    assert delta["usage"] == rendered(BLOCKS)["usage"]
 
 
-def test_text_after_a_call_is_a_block_of_its_own() -> None:
-    events = events_of(encoded([PARTS[2], TextDelta("after")]))
-    opened = [(e["index"], e["content_block"]["type"]) for e in events if "content_block" in e]
-    assert opened == [(0, "tool_use"), (1, "text")]
+def test_a_signature_is_the_last_that_comes_of_a_thought() -> None:
+    deltas = [e["delta"]["type"] for e in told(BLOCKS[:1]) if e["type"] == "content_block_delta"]
+    assert deltas == ["thinking_delta", "signature_delta"]
 
 
-def test_a_rendered_stream_has_usage_in_both_places() -> None:
-    events = events_of(encoded(PARTS))
-    assert (events[0]["type"], events[-1]["type"]) == ("message_start", "message_stop")
-    assert events[0]["message"]["usage"] == {"input_tokens": 10, "output_tokens": 1}
-    assert events[-2]["delta"]["stop_reason"] == "tool_use"
+def test_an_answer_of_nothing_is_a_message_all_the_same() -> None:
+    assert [e["type"] for e in told(())] == ["message_start", "message_delta", "message_stop"]
 
 
-def test_a_rendered_stream_is_one_that_we_would_pass_on() -> None:
-    raw, relay = encoded(PARTS), StreamRelay(MESSAGES)
-    assert b"".join([relay.feed(piece) for piece in slices(raw, 50)]) == raw
-    state = relay.state
-    assert (state.started, state.finished, state.ended) == (True, True, True)
-    assert state.usage == Usage(5, 2)
+def test_a_stream_that_cannot_go_on_ends_with_an_error_event() -> None:
+    encoder, error = MESSAGES.encoder(asked(), LABEL), UpstreamError("broke")
+    encoder.encode(CALLED)
+    assert encoder.fail(error) == MESSAGES.fail_stream(error, StreamState(), b"")
 
 
-def test_a_rendered_answer_says_the_same() -> None:
-    assert MESSAGES.render_response is not None
-    answer = MESSAGES.render_response(Prompt("m", "hi"), LABEL, [*PARTS, END])
-    text, one, other = answer["content"]
-    assert (text["text"], one["input"], other["input"]) == ("Hello", {}, {"a": 1})
-    assert MESSAGES.usage(answer) == Usage(5, 2) and answer["stop_reason"] == "tool_use"
+def rendered(
+    blocks: tuple[Block, ...], finished: Finished = CALLED, losses: Losses | None = None
+) -> Any:
+    choices = [Choice(blocks, finished)]
+    usage = Usage(9, 4, 3, 2, 1)
+    answer = MESSAGES.render_response(asked(), LABEL, choices, usage, losses or Losses())
+    return json.loads(json.dumps(answer))
 
 
-def test_a_request_becomes_a_prompt() -> None:
-    assert MESSAGES.parse_request is not None
-    said = {"role": "user", "content": [{"type": "text", "text": "three"}]}
-    body = {"model": "m", "system": "four", "messages": [said], "tools": [{"name": "f"}, 5]}
-    prompt = MESSAGES.parse_request(body)
-    assert prompt[:3] == ("m", "three", ("f",)) and prompt.size == len("three") + len("four")
+def test_a_rendered_answer_has_all_that_sdks_require() -> None:
+    answer = rendered(BLOCKS)
+    head = {"id": "msg_abc", "type": "message", "role": "assistant", "model": "m"}
+    assert {key: answer[key] for key in head} == head
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("tool_use", None)
+    assert answer["usage"] == {
+        "input_tokens": 4, "cache_read_input_tokens": 3, "cache_creation_input_tokens": 2,
+        "output_tokens": 4, "output_tokens_details": {"thinking_tokens": 1},
+    }  # fmt: skip
+    assert [block["type"] for block in answer["content"]] == KINDS
+    assert [b["input"] for b in answer["content"] if "input" in b] == [{"a": 1}, {}]
+    assert answer["content"][0] == {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
 
 
-@pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": "hi"}, {"messages": None}])
-def test_a_request_without_messages_is_refused(body: Any) -> None:
-    assert MESSAGES.parse_request is not None
-    with pytest.raises(BadRequest) as caught:
-        MESSAGES.parse_request(body)
-    assert caught.value.param == "messages"
+def test_a_stop_sequence_and_a_refusal_are_told_in_detail() -> None:
+    stopped = rendered((), Finished(Finish.STOP_SEQUENCE, stop_sequence="E"))
+    assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "E")
+    refused = rendered((Refusal("no"),), Finished(Finish.REFUSAL, detail="why"))
+    assert refused["content"] == [{"type": "text", "text": "no"}]
+    assert (refused["stop_reason"], refused["stop_details"]["explanation"]) == ("refusal", "why")
+
+
+def test_arguments_that_are_no_json_are_a_loss() -> None:
+    losses = Losses()
+    [use] = rendered((ToolCall("c", "f", '{"a":'),), losses=losses)["content"]
+    assert use["input"] == {} and losses.found == [Loss("invalid_arguments", "tool_use.input")]
+    [wrapped] = rendered((ToolCall("c", "f", "[1]"),))["content"]
+    assert wrapped["input"] == {"input": [1]}
+
+
+def test_a_call_that_the_limit_cut_off_is_left_out() -> None:
+    losses = Losses()
+    cut = (Text("a"), ToolCall("c", "f", '{"a":'))
+    content = rendered(cut, Finished(Finish.LENGTH), losses)["content"]
+    assert [block["type"] for block in content] == ["text"] and losses.found
+
+
+def test_thinking_is_not_asked_for_where_none_is_left_before_a_call() -> None:
+    thought = {
+        "type": "thinking",
+        "thinking": "hm",
+        "signature": seal(Opaque("google", "thought", "x")),
+    }
+    said = {"role": "assistant", "content": [thought, USE]}
+    body = {
+        "messages": [
+            {"role": "user", "content": "?"},
+            said,
+            {"role": "user", "content": [result("low")]},
+        ],
+        "thinking": {"type": "enabled", "budget_tokens": 2000},
+    }
+    assert MESSAGES.unseal(body, "anthropic")
+    assert said["content"] == [USE] and "thinking" not in body

@@ -245,19 +245,21 @@ async def test_a_missing_key_is_a_402_that_names_its_variable(front: Any, path: 
         assert MISSING[path] in answer.json()["error"]["message"]
 
 
+# What nobody can translate, and what the provider has instead.
 FOREIGN = {
-    CHAT: ("anthropic", "anthropic/claude-sonnet-4.6", MESSAGES),
-    RESPONSES: ("anthropic", "anthropic/claude-sonnet-4.6", MESSAGES),
-    MESSAGES: ("openai", "openai/gpt-4o", CHAT),
-    "/v1beta/models/openai/gpt-4o:generateContent": ("openai", "", CHAT),
+    "/v1/completions": (ask(model="anthropic/claude-sonnet-4.6"), MESSAGES),
+    "/v1/moderations": (ask(model="anthropic/claude-sonnet-4.6"), MESSAGES),
+    "/v1/embeddings": ({"model": "anthropic/claude-sonnet-4.6", "input": "a"}, MESSAGES),
 }
 
 
 @pytest.mark.parametrize("path", FOREIGN)
-async def test_a_foreign_protocol_is_a_501_that_names_what_works(front: Any, path: str) -> None:
-    provider, model, works = FOREIGN[path]
-    async with front(keys=(provider,)) as f:
-        answer = await f.caller.post(path, {"model": model})
+async def test_what_a_provider_has_nothing_of_is_a_501_that_names_what_works(
+    front: Any, path: str
+) -> None:
+    body, works = FOREIGN[path]
+    async with front(keys=("anthropic",)) as f:
+        answer = await f.caller.post(path, body)
         assert (answer.status, told(answer)[1]) == (501, "protocol_unsupported")
         assert f"POST {works}" in answer.json()["error"]["message"]
 
@@ -537,7 +539,7 @@ endpoints = [{{provider = "own", service_id = "x"}}]
 async def test_what_is_listed_can_be_asked_for(
     provider: Any, gateway: Any, openai_env: Any
 ) -> None:
-    said = {**CHAT_ANSWER, **MESSAGES_ANSWER, **GEMINI_ANSWER}
+    said = {**CHAT_ANSWER, **MESSAGES_ANSWER, **GEMINI_ANSWER, "output": []}
     async with provider(Reply(body=said)) as up:
         environ = {f"{name}_API_KEY": "sk" for name in ("OPENAI", "ANTHROPIC", "GOOGLE")}
         environ |= {f"{name}_BASE_URL": up.base for name in ("OPENAI", "ANTHROPIC", "GOOGLE")}
@@ -800,7 +802,11 @@ async def test_echo_calls_a_tool_in_chat(front: Any, streams: bool) -> None:
         choices = [event["choices"][0] for event in answer.events()[:-1]]
         choice = choices[0] if streams else answer.json()["choices"][0]
         if streams:
-            choice = {"message": choices[1]["delta"], "finish_reason": choices[-1]["finish_reason"]}
+            deltas = [c["delta"]["tool_calls"][0] for c in choices if "tool_calls" in c["delta"]]
+            deltas[0]["function"]["arguments"] = "".join(
+                delta["function"]["arguments"] for delta in deltas
+            )
+            choice = {"message": {"tool_calls": deltas[:1]}, **choices[-1]}
         [call] = choice["message"]["tool_calls"]
         made = (call["type"], call["function"]["name"], json.loads(call["function"]["arguments"]))
         assert made == ("function", "weather", {"city": "Oslo"})
@@ -858,7 +864,7 @@ async def test_echo_fills_in_a_schema(front: Any) -> None:
         assert texts == [{"n": 3, "s": "x"}] * 2
 
 
-@pytest.mark.parametrize("path", [RESPONSES, "/v1beta/models/echo/echo:generateContent"])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/embeddings"])
 async def test_echo_says_where_it_answers(front: Any, path: str) -> None:
     async with front(keys=()) as f:
         answer = await f.caller.post(path, {"model": "echo/echo"})

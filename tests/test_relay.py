@@ -424,7 +424,7 @@ def test_an_event_too_large_stops_the_stream() -> None:
 
 
 def test_what_is_held_back_is_bounded() -> None:
-    empty = chat_chunk({"role": "assistant", "content": ""}, padding="x" * 10_000)
+    empty = chat_chunk({"content": ""}, padding="x" * 10_000)
     relay = StreamRelay(CHAT)
     out = b"".join([relay.feed(empty) for _ in range(500)])
     assert relay.open and out == empty * 500

@@ -14,6 +14,7 @@ from bitrouter import (
     OPERATIONS,
     PROVIDERS,
     RESPONSES_OP,
+    ApiProtocol,
     KeyMissing,
     NotFound,
     Operation,
@@ -26,6 +27,7 @@ from bitrouter import (
 )
 
 GOOGLE_OP = GEMINI_VERBS["generateContent"]
+COMPLETIONS_OP, EMBEDDINGS_OP = OPERATIONS["/completions"], OPERATIONS["/embeddings"]
 OPS = (CHAT_OP, RESPONSES_OP, MESSAGES_OP, GOOGLE_OP)
 VARIABLES = {ident: provider.env[0] for ident, provider in PROVIDERS.items()}
 
@@ -169,8 +171,16 @@ def test_every_target_has_a_reason_and_the_others_are_accounted_for() -> None:
     assert not any("openai" in left for left in route.left_out)
 
 
-def test_who_does_not_speak_the_protocol_is_left_out_and_says_what_it_speaks() -> None:
+def test_who_does_not_speak_the_protocol_is_asked_in_its_own() -> None:
     route = router("", "anthropic", "openrouter").resolve("claude-sonnet-5", CHAT_OP)
+    assert [(t.provider, t.protocol) for t in route.chain] == [
+        ("anthropic", ApiProtocol.MESSAGES),
+        ("openrouter", ApiProtocol.CHAT_COMPLETIONS),
+    ]
+
+
+def test_who_has_nothing_of_the_kind_is_left_out_and_says_what_it_speaks() -> None:
+    route = router("", "anthropic", "openrouter").resolve("claude-sonnet-5", COMPLETIONS_OP)
     assert chain(route) == ["openrouter anthropic/claude-sonnet-5"]
     assert "anthropic: speaks messages" in route.left_out
 
@@ -266,9 +276,9 @@ def test_echo_answers_to_nothing_but_its_name(model: str) -> None:
         router("", "openai", "anthropic").resolve(model, CHAT_OP)
 
 
-@pytest.mark.parametrize("path", ["/completions", "/embeddings", "/messages/count_tokens"])
+@pytest.mark.parametrize("path", ["/completions", "/embeddings", "/moderations"])
 def test_echo_says_what_it_does_not_do(path: str) -> None:
-    with pytest.raises(ProtocolUnsupported, match=r"/v1/chat/completions and /v1/messages"):
+    with pytest.raises(ProtocolUnsupported, match=r"/v1/chat/completions, /v1/responses"):
         router().resolve("echo/echo", OPERATIONS[path])
 
 
@@ -322,36 +332,31 @@ def test_an_absurd_model_id_is_shown_safely_and_in_short() -> None:
 
 # fmt: off
 UNSPOKEN = [
-    # model id                 key           asked in      what would work
-    ("openai/gpt-4o",          "openai",     MESSAGES_OP,  "POST /v1/chat/completions (openai)"),
-    ("openai/gpt-4o",          "openai",     GOOGLE_OP,    "POST /v1/responses (openai)"),
-    ("claude-sonnet-5",        "anthropic",  CHAT_OP,      "POST /v1/messages (anthropic)"),
-    ("gemini-3.8-flash",       "google",     MESSAGES_OP,
-     "POST /v1beta/models/{model}:generateContent (google)"),
-    ("bitrouter/a/b",          "bitrouter",  MESSAGES_OP,  "POST /v1/chat/completions (bitrouter)"),
-    ("meta-llama/llama-4",     "bitrouter",  MESSAGES_OP,  "POST /v1/chat/completions (bitrouter)"),
+    # model id                 key           asked in        what would work
+    ("claude-sonnet-5",        "anthropic",  COMPLETIONS_OP, "POST /v1/messages (anthropic)"),
+    ("gemini-3.8-flash",       "vertex",     COMPLETIONS_OP,
+     "POST /v1beta/models/{model}:generateContent (vertex)"),
+    ("claude-sonnet-5",        "anthropic",  EMBEDDINGS_OP,  "POST /v1/messages (anthropic)"),
 ]
 # fmt: on
 
 
 @pytest.mark.parametrize(("model", "ident", "op", "works"), UNSPOKEN)
-def test_a_protocol_that_is_not_spoken_names_what_would_work(
+def test_what_nobody_can_translate_names_what_would_work(
     model: str, ident: str, op: Operation, works: str
 ) -> None:
     with pytest.raises(ProtocolUnsupported) as found:
-        router("", ident).resolve(model, op)
+        router("", ident).resolve(model.replace("gemini", "vertex:gemini"), op)
     assert works in found.value.message and (found.value.status, found.value.param) == (
         501,
         "model",
     )
 
 
-def test_what_would_work_is_not_what_the_file_rules_out() -> None:
+def test_nobody_is_asked_in_a_protocol_that_the_file_rules_out() -> None:
     toml = "[providers.openai]\napi_protocol = 'chat_completions'"
-    with pytest.raises(ProtocolUnsupported) as found:
-        router(toml, "openai").resolve("openai/gpt-4o", RESPONSES_OP)
-    assert "/v1/chat/completions" in found.value.message
-    assert "/v1/responses" not in found.value.message
+    [target] = router(toml, "openai").resolve("openai/gpt-4o", RESPONSES_OP).chain
+    assert target.protocol is ApiProtocol.CHAT_COMPLETIONS
 
 
 def test_a_models_own_protocol_comes_before_its_providers() -> None:
@@ -361,8 +366,8 @@ def test_a_models_own_protocol_comes_before_its_providers() -> None:
         models = [{id = "a", api_protocol = "messages"}, {id = "b"}]"""
     assert resolved("a", toml=toml, op=MESSAGES_OP) == ["mine a"]
     assert resolved("b", toml=toml) == ["mine b"]
-    with pytest.raises(ProtocolUnsupported):
-        resolved("a", toml=toml)
+    [target] = router(toml).resolve("a", CHAT_OP).chain
+    assert target.protocol is ApiProtocol.MESSAGES
 
 
 @pytest.mark.parametrize("ident", PROVIDERS)
