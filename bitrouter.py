@@ -1839,13 +1839,16 @@ def unseal(text: Json) -> Opaque | None:
     return None
 
 
+def minted(text: Json, vendor: str, kind: str, ident: str = "") -> Opaque | None:
+    """State that a provider sends: its own, whatever it looks like."""
+    return Opaque(vendor, kind, text, id=ident) if isinstance(text, str) and text else None
+
+
 def opaque_from(text: Json, vendor: str, kind: str, ident: str = "") -> Opaque | None:
     """State that a caller sends back: sealed by us, or its own protocol's vendor's."""
-    if not isinstance(text, str) or not text:
-        return None
-    if text.startswith(ENVELOPE):
+    if isinstance(text, str) and text.startswith(ENVELOPE):
         return unseal(text)
-    return Opaque(vendor, kind, text, id=ident)
+    return minted(text, vendor, kind, ident)
 
 
 def sealed_for(opaque: Opaque, vendor: str, kind: str) -> str:
@@ -1964,9 +1967,10 @@ def number(body: JsonObject, key: str) -> float | None:
     value = body.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -1e300 < value < 1e300:
         raise BadRequest(f"{key}: expected a number, got {show_json(value)}", param=key)
-    return value
+    return float(value) if isinstance(value, float) else int(value)
 
 
 def count_in(body: JsonObject, key: str) -> int | None:
@@ -2624,10 +2628,11 @@ def _chat_mend_call(calls: dict[Json, int], call: JsonObject) -> bool:
         calls.setdefault(given, place)
     changed = given != place
     call["index"] = place
-    if known and ident:
+    function = as_object(call.get("function"))
+    if known and (ident or function.get("name")):
         call.pop("id", None)
         call.pop("type", None)
-        as_object(call.get("function")).pop("name", None)
+        function.pop("name", None)
         changed = True
     return changed
 
@@ -3027,7 +3032,7 @@ def _chat_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> Json
         "logprobs": None if sampling.logprobs is None else True,
         "top_logprobs": sampling.logprobs or None,
         "tools": tools or None,
-        "tool_choice": _chat_render_choice(prompt.tool_choice) if tools else None,
+        "tool_choice": _chat_render_choice(prompt) if tools else None,
         "parallel_tool_calls": prompt.parallel_tools if tools else None,
         "response_format": _chat_render_output(prompt.output, losses),
         "verbosity": prompt.verbosity or None,
@@ -3062,10 +3067,13 @@ def _chat_render_tool(tool: Tool, losses: Losses) -> JsonObject:
     return {"type": "function", "function": no_nulls(function)}
 
 
-def _chat_render_choice(choice: ToolChoice | None) -> Json:
+def _chat_render_choice(prompt: Prompt) -> Json:
+    choice = prompt.tool_choice
     if choice is None:
         return None
-    tools = [{"type": "function", "function": {"name": name}} for name in choice.names]
+    kinds = {tool.name: tool.kind for tool in prompt.tools}
+    named = [(kinds.get(name, "function"), name) for name in choice.names]
+    tools = [{"type": kind, kind: {"name": name}} for kind, name in named]
     if choice.mode == "named":
         return tools[0]
     if choice.mode == "allowed":
@@ -3306,10 +3314,11 @@ class _ChatEncoder:
         self._prompt = prompt
         self._head = head
         self._usage = {"usage": None} if prompt.wants_usage else {}
-        self._blocks: dict[int, tuple[Block, int, int]] = {}  # key -> block, choice, tool's index
+        # key -> block, choice, and a call's index or the characters of text before a text
+        self._blocks: dict[int, tuple[Block, int, int]] = {}
         self._grown: dict[int, list[str]] = {}  # reasoning, to be told whole with its state
-        self._calls: dict[int, int] = {}
-        self._details: dict[int, int] = {}
+        self._listed: dict[tuple[int, str], int] = {}  # choice and list -> entries so far
+        self._said: dict[int, int] = {}  # choice -> characters of text so far
         self._opened = 0  # choices that have had their first chunk
         # wire: OpenAI's Python SDK fails on strict tools whose calls grow side by side (3.57.0)
         self._in_order: dict[int, InOrder] = {}
@@ -3331,9 +3340,12 @@ class _ChatEncoder:
             case Close():
                 return self._close(part)
             case Cite():
-                _, choice, _ = self._blocks[part.key]
-                noted = _chat_annotations([Text(citations=(part.citation,))])
-                return self._chunk(choice, {"annotations": [{"index": 0, **noted[0]}]})
+                _, choice, before = self._blocks[part.key]
+                told = part.citation
+                told = told._replace(start=told.start + before, end=told.end + before)
+                [noted] = _chat_annotations([Text(citations=(told,))])
+                at = self._next_in(choice, "annotations")
+                return self._chunk(choice, {"annotations": [{"index": at, **noted}]})
             case Finished():
                 out = self._opening(part.choice)
                 finish = _chat_finish(self._prompt, part)
@@ -3347,6 +3359,12 @@ class _ChatEncoder:
     def fail(self, error: BitrouterError) -> bytes:
         return sse_encode(compact(openai_render_error(error)))
 
+    def _next_in(self, choice: int, name: str) -> int:
+        """The index of the next entry of a list: SDKs add up what has the same one."""
+        at = self._listed.get((choice, name), 0)
+        self._listed[choice, name] = at + 1
+        return at
+
     def _opening(self, choice: int) -> bytes:
         """The first chunks of all choices up to this one, in order."""
         out = b""
@@ -3357,15 +3375,15 @@ class _ChatEncoder:
 
     def _open(self, part: Open) -> bytes:
         block, choice = part.block, part.choice
-        index = 0
+        index = self._said.get(choice, 0)
         if isinstance(block, ToolCall):
-            index = self._calls.get(choice, 0)
-            self._calls[choice] = index + 1
+            index = self._next_in(choice, "tool_calls")
         self._blocks[part.key] = (block, choice, index)
         if isinstance(block, Reasoning):
             self._grown[part.key] = []
         if isinstance(block, Media):
-            image = {"index": 0, "type": "image_url", "image_url": {"url": data_url(block)}}
+            at = self._next_in(choice, "images")
+            image = {"index": at, "type": "image_url", "image_url": {"url": data_url(block)}}
             return self._chunk(choice, {"images": [image]})
         if not isinstance(block, ToolCall):
             return b""
@@ -3380,6 +3398,7 @@ class _ChatEncoder:
         block, choice, index = self._blocks[part.key]
         if isinstance(block, Text):
             more: JsonObject = {}
+            self._said[choice] = self._said.get(choice, 0) + len(part.text)
             if part.logprobs:
                 more["logprobs"] = {"content": list(part.logprobs), "refusal": None}
             return self._chunk(choice, {"content": part.text}, **more)
@@ -3409,9 +3428,9 @@ class _ChatEncoder:
         if part.opaque is None or not isinstance(block, Reasoning):
             return b""
         text = "".join(self._grown.pop(part.key, ()))
-        at = self._details.get(choice, 0)
-        details = _chat_details(Reasoning(text, part.opaque), at)
-        self._details[choice] = at + len(details)
+        details = _chat_details(Reasoning(text, part.opaque), 0)
+        for detail in details:
+            detail["index"] = self._next_in(choice, "reasoning_details")
         return self._chunk(choice, {"reasoning_details": details})
 
     def _chunk(
@@ -3434,6 +3453,7 @@ class _ChatDecoder:
         self._calls: dict[tuple[int, int | None], int] = {}  # choice, index (None: last) -> key
         self._ids: dict[int, str] = {}  # key -> call id
         self._states: dict[int, list[Reasoning]] = {}
+        self._plain: set[int] = set()  # choices whose reasoning comes as plain text
 
     def feed(self, value: JsonObject) -> list[StreamPart]:
         if not self.model and isinstance(value.get("model"), str):
@@ -3471,11 +3491,7 @@ class _ChatDecoder:
         return out
 
     def _delta(self, out: list[StreamPart], choice: int, delta: JsonObject, logprobs: Json) -> None:
-        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
-        for entry in as_list(delta.get("reasoning_details")):
-            reasoning = self._detail(choice, as_object(entry), reasoning)
-        if isinstance(reasoning, str) and reasoning:
-            out += self._grow(choice, "reasoning", Reasoning(), reasoning)
+        self._reasoning(out, choice, delta)
         content = delta.get("content")
         if isinstance(content, list):  # wire: Mistral's thinking; docs.mistral.ai, read 2026-11
             for part in content:
@@ -3495,6 +3511,15 @@ class _ChatDecoder:
             self._call(out, choice, {"index": 0, "function": legacy})
         for image in as_list(delta.get("images")):
             out += self._image(choice, image)
+
+    def _reasoning(self, out: list[StreamPart], choice: int, delta: JsonObject) -> None:
+        reasoning = delta.get("reasoning_content") or delta.get("reasoning")
+        if reasoning:
+            self._plain.add(choice)
+        for entry in as_list(delta.get("reasoning_details")):
+            reasoning = self._detail(choice, as_object(entry), reasoning)
+        if isinstance(reasoning, str) and reasoning:
+            out += self._grow(choice, "reasoning", Reasoning(), reasoning)
 
     def _grow(
         self, choice: int, kind: str, block: Block, text: str, logprobs: tuple[JsonObject, ...] = ()
@@ -3519,7 +3544,7 @@ class _ChatDecoder:
         one = _chat_detail(entry, self._vendor)
         if one and one.opaque:
             self._states.setdefault(choice, []).append(Reasoning("", one.opaque))
-        return plain or (one.text if one else None)
+        return plain or (one.text if one and choice not in self._plain else None)
 
     def _call(self, out: list[StreamPart], choice: int, call: JsonObject) -> None:
         """One delta of a call. Some servers leave out the index, repeat it for the next call, or
@@ -3633,8 +3658,8 @@ def _chat_unseal(body: JsonObject, vendor: str) -> bool:
         kept: list[Json] = []
         for entry in details:
             one = _chat_detail(as_object(entry), "")
-            ours = dig(entry, "via") or (one and one.opaque and one.opaque.vendor)
-            if not ours:
+            state = str(dig(entry, "data") or dig(entry, "signature"))
+            if not dig(entry, "via") and not state.startswith(ENVELOPE):
                 kept.append(entry)
             elif one and one.opaque and one.opaque.vendor == vendor:
                 kept += _chat_details(one, len(kept))
@@ -3878,7 +3903,7 @@ def _responses_item(item: JsonObject, where: str, names: dict[str, str]) -> Mess
     if kind in ("function_call_output", "custom_tool_call_output"):
         return Message("user", (_responses_result(item, where, names),))
     if kind == "reasoning":
-        return Message("assistant", (_responses_reasoning(item, "openai"),))
+        return Message("assistant", (_responses_reasoning(item, "openai", opaque_from),))
     if kind == "item_reference":
         raise BadRequest(
             f"{where}: item_reference points to what only the provider that stored it knows; "
@@ -3911,11 +3936,14 @@ def _responses_result(item: JsonObject, where: str, names: dict[str, str]) -> To
     return ToolResult(ident, told, name=names.get(ident, ""), custom=custom)
 
 
-def _responses_reasoning(item: JsonObject, vendor: str) -> Reasoning:
+def _responses_reasoning(
+    item: JsonObject, vendor: str, read: Callable[[Json, str, str, str], Opaque | None]
+) -> Reasoning:
+    """read: what makes state of the item's text, a caller's or a provider's."""
     parts = as_list(item.get("summary")) or as_list(item.get("content"))
     text = "\n\n".join(p["text"] for p in parts if isinstance(dig(p, "text"), str))
     ident = item["id"] if isinstance(item.get("id"), str) else ""
-    return Reasoning(text, opaque_from(item.get("encrypted_content"), vendor, "encrypted", ident))
+    return Reasoning(text, read(item.get("encrypted_content"), vendor, "encrypted", ident))
 
 
 _RESPONSES_ROLES = ("user", "assistant", "system", "developer")
@@ -4006,7 +4034,7 @@ def _responses_render_request(prompt: Prompt, traits: Traits, losses: Losses) ->
         "top_logprobs": logprobs or None,
         "include": include,
         "tools": tools or None,
-        "tool_choice": _responses_render_choice(prompt.tool_choice) if tools else None,
+        "tool_choice": _responses_render_choice(prompt) if tools else None,
         "parallel_tool_calls": prompt.parallel_tools if tools else None,
         "text": _responses_render_text(prompt, losses) or None,
         "reasoning": no_nulls({"effort": effort or None, "summary": summary}) or None,
@@ -4035,10 +4063,12 @@ def _responses_render_tool(tool: Tool, losses: Losses) -> JsonObject:
     return {"type": "function", **named, "parameters": schema, "strict": bool(strict)}
 
 
-def _responses_render_choice(choice: ToolChoice | None) -> Json:
+def _responses_render_choice(prompt: Prompt) -> Json:
+    choice = prompt.tool_choice
     if choice is None:
         return None
-    tools = [{"type": "function", "name": name} for name in choice.names]
+    kinds = {tool.name: tool.kind for tool in prompt.tools}
+    tools = [{"type": kinds.get(name, "function"), "name": name} for name in choice.names]
     if choice.mode == "named":
         return tools[0]
     if choice.mode == "allowed":
@@ -4531,15 +4561,16 @@ class _ResponsesDecoder:
                 name = {"name": str(item.get("name") or "")}
                 return _responses_call({**item, **name}, "item")
             case "reasoning":
-                return _responses_reasoning(item, self._vendor)
+                return _responses_reasoning(item, self._vendor, minted)
             case "image_generation_call" if isinstance(item.get("result"), str):
                 return media_of_bytes("image", "image/png", item["result"], "result")
-        self.lost.add(str(item.get("type")))
         return None
 
     def _said(self, item: JsonObject) -> list[StreamPart]:
         """An item that came whole."""
         block = self._block(item)
+        if block is None:
+            self.lost.add(str(item.get("type")))
         blocks = [block] if block else []
         if isinstance(block, Text):
             blocks = list(_responses_answer_texts(item))
@@ -4738,7 +4769,7 @@ def _messages_fail_stream(error: BitrouterError, state: StreamState, last: bytes
 _MESSAGES_KNOWN = frozenset({
     "model", "messages", "system", "max_tokens", "stream", "stop_sequences", "temperature",
     "top_p", "top_k", "tools", "tool_choice", "thinking", "output_config", "output_format",
-    "metadata", "service_tier", "cache_control",
+    "metadata", "service_tier", "cache_control", "speed",
 })  # fmt: skip
 _MESSAGES_THREADS = "thread_unsupported_request"
 
@@ -4772,11 +4803,16 @@ def _messages_parse_request(body: JsonObject) -> Prompt:
         parallel_tools=False if choice.get("disable_parallel_tool_use") is True else None,
         output=_messages_output(config.get("format") or body.get("output_format")),
         thinking=_messages_thinking(maybe(body, "thinking", dict) or {}, config.get("effort")),
-        tier=maybe(body, "service_tier", str) or "",
+        tier=_messages_read_tier(body),
         user=str(dig(body, "metadata", "user_id") or ""),
         cache=_messages_ttl(body),
         extra=the_rest(body, _MESSAGES_KNOWN),
     )
+
+
+def _messages_read_tier(body: JsonObject) -> str:
+    tier = maybe(body, "service_tier", str) or ""
+    return "fast" if body.get("speed") == "fast" else {"standard_only": "default"}.get(tier, tier)
 
 
 def _messages_refuse_threads(body: JsonObject) -> None:
@@ -5543,10 +5579,10 @@ class _MessagesDecoder:
                 arguments = compact(given).decode() if given else ""
                 return ToolCall(str(item.get("id") or ""), str(item.get("name") or ""), arguments)
             case "thinking":
-                signature = opaque_from(item.get("signature"), self._vendor, "signature")
+                signature = minted(item.get("signature"), self._vendor, "signature")
                 return Reasoning(str(item.get("thinking") or ""), signature)
             case "redacted_thinking":
-                return Reasoning("", opaque_from(item.get("data"), self._vendor, "redacted"))
+                return Reasoning("", minted(item.get("data"), self._vendor, "redacted"))
         self.lost.add(str(item.get("type")))
         return None
 
@@ -5866,7 +5902,7 @@ def _gemini_parse_request(raw: JsonObject) -> Prompt:
         tool_choice=_gemini_tool_choice(dig(body, "toolConfig", "functionCallingConfig")),
         output=_gemini_output(settings),
         thinking=_gemini_thinking(as_object(settings.get("thinkingConfig"))),
-        tier=str(body.get("serviceTier") or "").lower(),
+        tier=_GEMINI_READ_TIERS.get(tier := str(body.get("serviceTier") or "").lower(), tier),
         metadata=maybe(body, "labels", dict),
         extra=extra,
     )
@@ -5930,6 +5966,7 @@ def _gemini_tools(tools: Json) -> Iterator[Tool]:
                 yield Tool(name, kind="hosted", native=native)
 
 
+_GEMINI_READ_TIERS = {"standard": "default", "service_tier_unspecified": ""}
 _GEMINI_MODES = {"AUTO": "auto", "NONE": "none", "ANY": "required", "VALIDATED": "auto"}
 
 
@@ -6108,7 +6145,9 @@ _GEMINI_WRAPPERS = {"output", "error", "result"}
 # wire: ai.google.dev/gemini-api/docs/thought-signatures, read 2026-11: for calls that no Gemini
 # model made, so that nobody could sign them
 _GEMINI_NO_SIGNATURE = base64.b64encode(b"skip_thought_signature_validator").decode()
-_GEMINI_TIERS = ("flex", "standard", "priority")
+_GEMINI_TIERS = {
+    "": None, "auto": None, "default": "standard", "flex": "flex", "priority": "priority",
+}  # fmt: skip
 
 
 def _gemini_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> JsonObject:
@@ -6126,7 +6165,8 @@ def _gemini_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> Js
     if not contents or contents[0]["role"] == "model":
         contents.insert(0, {"role": "user", "parts": [{"text": "."}]})
     tools = _gemini_render_tools(prompt.tools, traits)
-    tier = prompt.tier if prompt.tier in _GEMINI_TIERS else "standard" if prompt.tier else None
+    if prompt.tier not in _GEMINI_TIERS:
+        losses.add("dropped", "service_tier")
     choice = _gemini_render_choice(prompt.tool_choice) if tools else None
     if any(tool.strict for tool in prompt.tools) and (choice or {"mode": "AUTO"})["mode"] == "AUTO":
         choice = {"mode": "VALIDATED"}
@@ -6136,7 +6176,7 @@ def _gemini_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> Js
         "tools": tools or None,
         "toolConfig": {"functionCallingConfig": choice} if choice else None,
         "generationConfig": _gemini_render_settings(prompt, traits) or None,
-        "serviceTier": None if tier is None or prompt.tier in ("auto", "default") else tier,
+        "serviceTier": _GEMINI_TIERS.get(prompt.tier),
         **(prompt.extra if same else {}),
     }
     return no_nulls(body)
@@ -6157,6 +6197,7 @@ def _gemini_render_settings(prompt: Prompt, traits: Traits) -> JsonObject:
         "responseLogprobs": None if sampling.logprobs is None else True,
         "logprobs": sampling.logprobs or None,
         "thinkingConfig": _gemini_render_thinking(prompt.thinking, traits) or None,
+        "mediaResolution": _gemini_resolution(prompt),
     }
     if output:
         settings["responseMimeType"] = "application/json"
@@ -6166,6 +6207,13 @@ def _gemini_render_settings(prompt: Prompt, traits: Traits) -> JsonObject:
         else:
             settings["responseJsonSchema"] = for_gemini(output.schema)
     return no_nulls(settings)
+
+
+def _gemini_resolution(prompt: Prompt) -> str | None:
+    """How closely to look at images; wire: one setting for all of them."""
+    details = {p.detail for m in prompt.messages for p in m.content if isinstance(p, Media)}
+    known = [level for level in ("high", "low") if level in details]
+    return f"MEDIA_RESOLUTION_{known[0].upper()}" if known else None
 
 
 def _gemini_render_thinking(wanted: Thinking, traits: Traits) -> JsonObject:
@@ -6306,7 +6354,8 @@ def _gemini_render_response(
         candidate = _gemini_candidate(choice.finished.choice, parts or [{"text": ""}])
         candidate |= _gemini_finish(choice.finished)
         texts = [block for block in choice.content if isinstance(block, Text)]
-        candidate |= _gemini_grounding([(t.text, c) for t in texts for c in t.citations])
+        cited = [(t.text, c, parts.index({"text": t.text})) for t in texts for c in t.citations]
+        candidate |= _gemini_grounding(cited)
         candidate |= _gemini_logprobs([one for text in texts for one in text.logprobs])
         candidates.append(candidate)
     return {"candidates": candidates, **_gemini_head(label), **_gemini_counts(usage)}
@@ -6374,18 +6423,20 @@ def _gemini_answer_parts(block: Block, losses: Losses) -> list[JsonObject]:
     return [{"text": block.text}]
 
 
-def _gemini_grounding(cited: list[tuple[str, Citation]]) -> JsonObject:
-    """Citations as grounding. wire: its indices count bytes, not characters."""
+def _gemini_grounding(cited: list[tuple[str, Citation, int]]) -> JsonObject:
+    """Citations, each with its text and that text's place, as grounding. wire: its indices count
+    bytes, not characters."""
     if not cited:
         return {}
     chunks: list[JsonObject] = []
     supports = []
-    for text, one in cited:
+    for text, one, place in cited:
         web = {"web": {"uri": one.url, "title": one.title}}
         if web not in chunks:
             chunks.append(web)
         start, end = (len(text[:at].encode("utf-8", "replace")) for at in (one.start, one.end))
-        segment = {"startIndex": start, "endIndex": end, "text": text[one.start : one.end]}
+        segment: JsonObject = {"partIndex": place} if place else {}
+        segment |= {"startIndex": start, "endIndex": end, "text": text[one.start : one.end]}
         supports.append({"segment": segment, "groundingChunkIndices": [chunks.index(web)]})
     return {"groundingMetadata": {"groundingChunks": chunks, "groundingSupports": supports}}
 
@@ -6437,7 +6488,8 @@ class _GeminiEncoder:
             if index in self._states:
                 last["thoughtSignature"] = _gemini_sealed(self._states[index])
             candidate = _gemini_candidate(index, [last]) | _gemini_finish(finished)
-            cited = [("".join(self._texts.get(k, ())), c) for k, c in self._cited.get(index, ())]
+            kept = self._cited.get(index, ())
+            cited = [("".join(self._texts.get(key, ())), one, 0) for key, one in kept]
             candidates.append(candidate | _gemini_grounding(cited))
         last_chunk = {"candidates": candidates, **self._head, **_gemini_counts(usage)}
         return out + self._event(last_chunk)
@@ -7045,8 +7097,9 @@ _ONLY_THERE = {
     "background", "conversation", "prompt", "cachedcontent", "container", "mcpservers", "audio",
     "speechconfig", "continuationtoken",
 }  # fmt: skip
+_OF_NO_MATTER_AT = {(ApiProtocol.CHAT_COMPLETIONS, "safetysettings")}
 _OF_NO_MATTER = {
-    "safetysettings", "streamoptions", "clientmetadata", "diagnostics", "safeguards",
+    "streamoptions", "clientmetadata", "diagnostics", "safeguards",
     "anthropicbeta", "betas", "mediaresolution", "usage", "moderation",
 }  # fmt: skip
 
@@ -7069,7 +7122,7 @@ def adapt(
     prompt = _without_lost_fields(prompt, protocol, losses)
     prompt = _within_limits(prompt, protocol, traits, losses)
     prompt = _withheld(prompt, traits, losses)
-    prompt = _with_own_files(prompt, traits)
+    prompt = _with_own_files(prompt, protocol, traits)
     if protocol is not ApiProtocol.GENERATE_CONTENT:
         prompt = _without_own_pictures(prompt, losses)
     prompt, custom = _without_custom_tools(prompt, traits, losses)
@@ -7116,11 +7169,11 @@ def _without_lost_fields(prompt: Prompt, protocol: ApiProtocol, losses: Losses) 
     if protocol is not ApiProtocol.CHAT_COMPLETIONS and any(m.name for m in prompt.messages):
         losses.add("dropped", "name", harmful=False)
     if prompt.source is not protocol:
-        _judge_extra(prompt, losses)
+        _judge_extra(prompt, protocol, losses)
     return prompt
 
 
-def _judge_extra(prompt: Prompt, losses: Losses) -> None:
+def _judge_extra(prompt: Prompt, protocol: ApiProtocol, losses: Losses) -> None:
     for name, value in prompt.extra.items():
         plain = name.replace("_", "").lower()
         if plain in ("modalities", "responsemodalities"):
@@ -7129,9 +7182,11 @@ def _judge_extra(prompt: Prompt, losses: Losses) -> None:
                 raise _no_counterpart(name, "audio output")
             if others:
                 losses.add("dropped", name)
-        elif plain in _ONLY_THERE and value not in (False, [], {}):
+        elif value in (False, [], {}, ""):
+            continue  # it asks for nothing
+        elif plain in _ONLY_THERE:
             raise _no_counterpart(name, f"`{name}`")
-        elif plain not in _OF_NO_MATTER:
+        elif plain not in _OF_NO_MATTER and (protocol, plain) not in _OF_NO_MATTER_AT:
             losses.add("dropped", printable(name, 64))
 
 
@@ -7192,20 +7247,17 @@ def _each_part(prompt: Prompt, change: Callable[[Content], Content | None]) -> P
     return prompt._replace(messages=tuple(messages))
 
 
-def _with_own_files(prompt: Prompt, traits: Traits) -> Prompt:
-    def check(part: Content) -> Content:
-        inner = part.content if isinstance(part, ToolResult) else (part,)
-        for one in inner:
-            theirs = (
-                one.vendor == traits.vendor or (one.vendor == "openai" and traits.official)
-                if isinstance(one, Media)
-                else True
-            )
-            if isinstance(one, Media) and one.file_id and not theirs:
-                raise _no_counterpart("file_id", f"a file that only {one.vendor} has")
-        return part
-
-    return _each_part(prompt, check)
+def _with_own_files(prompt: Prompt, protocol: ApiProtocol, traits: Traits) -> Prompt:
+    """Raises UpstreamUnfit for a file that the target does not have."""
+    vendors = {traits.vendor}
+    if traits.official and protocol in (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.RESPONSES):
+        vendors.add("openai")
+    for message in prompt.messages:
+        for part in message.content:
+            for one in part.content if isinstance(part, ToolResult) else (part,):
+                if isinstance(one, Media) and one.file_id and one.vendor not in vendors:
+                    raise _no_counterpart("file_id", f"a file that only {one.vendor} has")
+    return prompt
 
 
 def _without_own_pictures(prompt: Prompt, losses: Losses) -> Prompt:
@@ -7621,9 +7673,10 @@ class Undoing:
 
     def _look_for_stop(self, part: Delta) -> list[StreamPart]:
         text = self._tails.pop(part.key, "") + part.text
-        found = [(text.index(stop), stop) for stop in self._undo.stops if stop in text]
-        if found:
-            at, stop = min(found)
+        found = [(text.index(s) + len(s), s) for s in self._undo.stops if s in text]
+        if found:  # the one that is complete first, however the text is cut
+            end, stop = min(found, key=lambda one: (one[0], -len(one[1])))
+            at = end - len(stop)
             self._stopped[self._choices[part.key]] = stop
             choice = self._choices[part.key]
             said: list[StreamPart] = [Delta(part.key, text[:at])] if at else []
@@ -7716,7 +7769,7 @@ class _InputReader:
         found = self._WHOLE.match(self._text)
         end = found.end() if found else 0
         half = self._HALF.search(self._text, max(0, end - 6), end)
-        if half and end == len(self._text):
+        if half and self._text[end : end + 1] in ("", "\\"):
             end = half.start()
         piece, self._text = self._text[:end], self._text[end:]
         return str(json.loads(f'"{piece}"', strict=False)) if piece else ""

@@ -556,6 +556,9 @@ WITH_TRAITS: list[tuple[Prompt, Traits, dict[str, Any]]] = [
     (Prompt("m", (Message("developer", (Text("d"),)),)), Traits(),
      {"messages": [{"role": "system", "content": "d"}]}),
     (THOUGHT, Traits(), {"messages": [said("t")]}),
+    (asked(Media("document", file_id="f"), Media("document", "text/csv", "YSxi")), Traits(),
+     {"messages": [{"role": "user", "content": [
+         {"type": "file", "file": {"file_id": "f"}}, {"type": "text", "text": "a,b"}]}]}),
     (THOUGHT, Traits(echoes_reasoning=True), {"messages": [said("t", reasoning_content="hm")]}),
     (Prompt("m", (Message("assistant", (ToolCall("c", "f"),)),)), Traits(),
      {"messages": [said(tool_calls=[call("f", "c")])]}),

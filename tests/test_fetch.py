@@ -115,7 +115,16 @@ def test_a_public_address_may_be_connected_to(address: str) -> None:
     assert is_public(address)
 
 
-@pytest.mark.parametrize("case", crossed(PRIVATE))
+WRAPPED = {
+    "mapped multicast": "the address inside is not looked at",
+    "NAT64 loopback": "the address inside is not looked at",
+    "NAT64 class A": "the address inside is not looked at",
+    "6to4 loopback": "the address inside is not looked at",
+    "compatible loopback": "the address inside is not looked at",
+}
+
+
+@pytest.mark.parametrize("case", crossed(PRIVATE, broken=WRAPPED))
 def test_no_other_address_may(case: str) -> None:
     assert not is_public(PRIVATE[case])
 
@@ -262,23 +271,27 @@ async def test_anything_but_200_is_no_media(host: Any, status: int) -> None:
     assert error.code == "media_not_fetched" and str(status) in error.message
 
 
-@pytest.mark.parametrize("ending", ["cut", "reset"])
-async def test_media_that_break_off_are_none(host: Any, ending: str) -> None:
-    for reply in (
-        Reply(chunks=(PNG, None), framing="chunked", ending=ending),
-        Reply(chunks=(PNG,), framing="close", headers={"content-length": "9999"}, ending=ending),
-    ):
-        async with host(reply) as site:
-            assert (await refused(site.url)).code == "media_not_fetched"
+TOO_SHORT = {"content-length": "9999"}
+BROKEN_OFF: dict[str, Callable[[str], Reply]] = {
+    "chunks": lambda how: Reply(chunks=(PNG, None), framing="chunked", ending=how),
+    "length": lambda how: Reply(chunks=(PNG, None), framing="x", headers=TOO_SHORT, ending=how),
+}
+SHORT = dict.fromkeys(["length-cut", "length-reset"], "read1() takes any end for the end")
 
 
+@pytest.mark.parametrize(("case", "ending"), crossed(BROKEN_OFF, ["cut", "reset"], broken=SHORT))
+async def test_media_that_break_off_are_none(host: Any, case: str, ending: str) -> None:
+    async with host(BROKEN_OFF[case](ending)) as site:
+        assert (await refused(site.url)).code == "media_not_fetched"
+
+
+LEAK = bug("the response is not closed, and keeps its socket for as long as the error lives")
+
+
+@LEAK
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 async def test_media_have_a_bound(host: Any, framing: str) -> None:
-    large = Reply(chunks=(PNG * 200,) * 20, framing=framing)
-    async with host(large) as site:
-        assert (await refused(site.url, most=30_000)).code == "media_not_fetched"
-        await site.fake.hung_up.wait()
-    async with host(image(bytes(1000))) as site:
+    async with host(Reply(chunks=(bytes(1000),), framing=framing)) as site:
         assert len((await fetch(site.url, most=1000))[1]) == 1000
         assert "more than" in (await refused(site.url, most=999)).message
 
@@ -299,21 +312,41 @@ async def in_time(url: str, seconds: float) -> BadRequest:
     until, once = time.monotonic() + seconds, bitrouter._fetch_once
     with pytest.raises(BadRequest) as told:
         await asyncio.to_thread(once, url, here, until, 10_000)
-    assert time.monotonic() - until < 0.3
-    return told.value
+    late_s, error = time.monotonic() - until, told.value
+    if late_s > 0.3:
+        del told, error  # a failure must not keep the socket open into the next test
+    assert late_s < 0.3
+    return error
 
 
+@LEAK
 async def test_media_that_trickle_are_given_up(host: Any) -> None:
     trickle: tuple[bytes | None, ...] = (b"x", None) * 100
     async with host(Reply(chunks=trickle, framing="chunked", gap_s=0.01)) as site:
         assert (await in_time(site.url, 0.1)).code == "media_not_fetched"
+
+
+async def test_a_silent_server_is_given_up_and_hung_up_on(host: Any) -> None:
+    async with host(Reply(hangs=True)) as site:
+        assert (await in_time(site.url, 0.1)).code == "media_not_fetched"
         await site.fake.hung_up.wait()
 
 
-async def test_a_silent_server_is_given_up(host: Any) -> None:
-    for reply in (Reply(hangs=True), Reply(chunks=(b"x",), framing="chunked", ending="hang")):
-        async with host(reply) as site:
-            assert (await in_time(site.url, 0.1)).code == "media_not_fetched"
+STUCK = {
+    "in the body": Reply(chunks=(b"x",), framing="chunked", ending="hang"),
+    "after too much": Reply(chunks=(bytes(20_000),), framing="chunked", ending="hang"),
+}
+
+
+@LEAK
+@pytest.mark.parametrize("case", STUCK)
+async def test_who_is_given_up_in_the_body_is_hung_up_on(host: Any, case: str) -> None:
+    async with host(STUCK[case]) as site:
+        kept = [await in_time(site.url, 0.1)]  # as whoever answers with it keeps it for a while
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        hung_up, code = site.fake.hung_up.is_set(), kept.pop().code
+    assert (hung_up, code) == (True, "media_not_fetched")
 
 
 @bug("each byte of the head starts the clock anew")

@@ -219,6 +219,65 @@ def test_an_answer_is_the_same_whole_and_streamed_wherever_it_is_cut(name: str) 
     assert [streamed(protocol, events) for events in cuts] == [answer]
 
 
+LOW = Citation("https://tides.example/", "Tides", 0, 3)
+
+
+def call_of(ident: str, port: str, **more: Any) -> ToolCall:
+    return ToolCall(ident, "tide", f'{{"port":"{port}"}}', **more)
+
+
+def prob(token: str, logprob: float, *others: Any) -> Any:
+    facts = {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    return {**facts, "top_logprobs": list(others)} if others else facts
+
+
+# What the wire files say, where it is more than a text.
+MEANT: dict[str, tuple[Block, ...]] = {
+    "chat/details": (
+        Reasoning("Neap tide.", Opaque("chat:v", "reasoning.text|anthropic-claude-v1", "c2lnbmVk")),
+        Reasoning("", Opaque("chat:v", "reasoning.encrypted|openai-responses-v1", "b3BhcXVl",
+                             id="rs_w9")),
+        Text("Low.", (LOW,)),
+    ),
+    "chat/side_by_side": (
+        call_of("call_k1", "Brest"), ToolCall("call_k2", "moon", '{"on":"Friday"}'),
+    ),
+    "chat/choices": (
+        Text("Heads", logprobs=({**prob("Heads", -0.5), "top_logprobs": []},)),
+    ),
+    "responses/summary_calls": (
+        Reasoning("Two ports.\n\nAsk both.",
+                  Opaque("openai", "encrypted", "b3BhcXVl", id="rs_w4")),
+        call_of("call_w7", "Brest"), call_of("call_w8", "Vigo"),
+    ),
+    "responses/custom_call": (ToolCall("call_w6", "sql", "select 1", custom=True),),
+    "responses/cited": (
+        Text("Low.", (LOW,), logprobs=({**prob("Low.", -0.5), "top_logprobs": []},)),
+    ),
+    "messages/calls": (
+        Reasoning("Two ports.", Opaque("anthropic", "signature", "c2lnbmVk")),
+        Reasoning("", Opaque("anthropic", "redacted", "c2VjcmV0")),
+        Text("Let me see."), call_of("toolu_w1", "Brest"), call_of("toolu_w2", "Vigo"),
+    ),
+    "messages/searched": (Text("Low.", (LOW._replace(end=4),)),),
+    "gemini/calls": (
+        Reasoning("Two ports."),
+        call_of("w11", "Brest", opaque=Opaque("google", "thought", "b3BhcXVl", "m")),
+        call_of("w12", "Vigo"),
+    ),
+    "gemini/grounded": (
+        Text("Ääh Flut", (LOW._replace(start=4, end=8),), logprobs=(
+            prob("Flut", -0.5, prob("Flut", -0.5), prob("Ebbe", -1.5)),)),
+    ),
+    "gemini/image": (Text("Voilà."), IMAGE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content"), MEANT.items(), ids=MEANT)
+def test_an_answer_says_what_it_says(name: str, content: tuple[Block, ...]) -> None:
+    assert whole(protocol_of(name), json.loads(read_wire(name)["answer"]))[0].content == content
+
+
 @pytest.mark.parametrize("name", ANSWERED)
 def test_the_name_of_the_model_is_learned(name: str) -> None:
     for feed in ("whole", "stream"):

@@ -1,23 +1,37 @@
-"""Four protocols by four: what a caller says in one, and what arrives in another."""
+"""Four protocols by four: what a caller says in one, and what arrives in another.
+
+python tests/test_matrix.py --write puts the table of losses into the README.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+if __name__ == "__main__":  # python tests/test_matrix.py --write
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from bitrouter import (
     CODECS,
+    AnswerLabel,
     ApiProtocol,
     BadRequest,
     Loss,
     Losses,
     Traits,
+    Translation,
+    Undo,
+    UpstreamBroken,
     UpstreamUnfit,
     adapt,
+    parse_event,
+    split_events,
 )
 
 CC, RE, ME, GC = ApiProtocol
@@ -51,7 +65,7 @@ def holds(value: Any, fragment: Any) -> bool:
             key in value and holds(value[key], inner) for key, inner in fragment.items()
         )
     if isinstance(fragment, list):
-        rest = iter(value if isinstance(value, list) else ())
+        rest: Iterator[Any] = iter(value if isinstance(value, list) else ())
         return all(any(holds(one, inner) for one in rest) for inner in fragment)
     return bool(value == fragment) and isinstance(value, bool) == isinstance(fragment, bool)
 
@@ -63,7 +77,10 @@ def holds(value: Any, fragment: Any) -> bool:
 # a caller sends and what a provider of that protocol must get; ARRIVES says where they differ.
 
 Fragment = dict[str, Any]
-PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADU"
+    "lEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 PDF = "JVBERi0xLjQK"
 WAV = "UklGRiQAAABXQVZF"
 URL = "https://example.com/cat.png"
@@ -602,52 +619,54 @@ def told(feature: str, caller: ApiProtocol, upstream: ApiProtocol) -> bool:
 Table = dict[tuple[ApiProtocol, ApiProtocol], frozenset[str]]
 
 
-def table(rows: Iterable[tuple[ApiProtocol, ApiProtocol, str]]) -> Table:
-    return {
-        (caller, upstream): frozenset(re.split(r",\s*", words)) - {""}
-        for caller, upstream, words in rows
-    }
+def table(text: str) -> Table:
+    """A table of pairs, written `caller -> provider: feature, feature`."""
+    protocols = {word: protocol for protocol, word in SHORT.items()}
+    pairs: Table = {}
+    for row in re.split(r"\n(?! )", text.strip()):
+        caller, upstream, words = re.split(r" -> |:\s*", row)
+        named = {" ".join(word.split()) for word in words.split(",")} - {""}
+        pairs[protocols[caller], protocols[upstream]] = frozenset(named)
+    return pairs
 
 
 # What is dropped on the way from a caller to a provider, and what is refused because an answer
 # without it would be no answer.
-# fmt: off
-LOSSES = table((
-    (CC, RE, "seed, penalties, logit bias, predictions, image output, names of speakers, "
-             "cache marks"),
-    (CC, ME, "seed, penalties, logit bias, log probabilities, verbosity, metadata, cache key, "
-             "storing, flex tier, image detail, predictions, image output, names of speakers"),
-    (CC, GC, "logit bias, one call at a time, verbosity, metadata, end user, cache key, "
-             "cache marks, storing, image detail, predictions, image output, names of speakers"),
-    (RE, CC, "web search, other hosted tools, cache marks, truncation, context management"),
-    (RE, ME, "log probabilities, other hosted tools, verbosity, metadata, cache key, storing, "
-             "flex tier, image detail, truncation, context management"),
-    (RE, GC, "one call at a time, other hosted tools, verbosity, metadata, end user, cache key, "
-             "cache marks, storing, image detail, truncation, context management"),
-    (ME, CC, "top_k, web search, other hosted tools, cache marks, context management"),
-    (ME, RE, "top_k, other hosted tools, cache marks, context management"),
-    (ME, GC, "one call at a time, other hosted tools, end user, cache marks, "
-             "context management"),
-    (GC, CC, "top_k, web search, other hosted tools, safety settings, image output"),
-    (GC, RE, "top_k, seed, penalties, other hosted tools, safety settings, image output"),
-    (GC, ME, "seed, penalties, log probabilities, other hosted tools, metadata, flex tier, "
-             "safety settings, image output"),
-))
-REFUSED = table((
-    (CC, RE, "audio, audio output"),
-    (CC, ME, "audio, audio output, file ids"),
-    (CC, GC, "audio output, file ids"),
-    (RE, CC, "background, stored prompts"),
-    (RE, ME, "background, stored prompts, file ids"),
-    (RE, GC, "background, stored prompts, file ids"),
-    (ME, CC, "file ids, containers, MCP servers"),
-    (ME, RE, "file ids, containers, MCP servers"),
-    (ME, GC, "file ids, containers, MCP servers"),
-    (GC, CC, "video, file ids, audio output, cached contents"),
-    (GC, RE, "audio, video, file ids, audio output, cached contents"),
-    (GC, ME, "audio, video, file ids, audio output, cached contents"),
-))
-# fmt: on
+LOSSES = table("""
+chat -> responses: seed, penalties, logit bias, cache marks, names of speakers, predictions,
+    image output
+chat -> messages: seed, penalties, logit bias, log probabilities, verbosity, metadata, cache
+    key, storing, flex tier, names of speakers, image detail, predictions, image output
+chat -> gemini: logit bias, one call at a time, verbosity, metadata, end user, cache key, cache
+    marks, storing, names of speakers, image detail, predictions, image output
+responses -> chat: web search, other hosted tools, cache marks, truncation, context management
+responses -> messages: log probabilities, other hosted tools, verbosity, metadata, cache key,
+    storing, flex tier, image detail, truncation, context management
+responses -> gemini: one call at a time, other hosted tools, verbosity, metadata, end user,
+    cache key, cache marks, storing, image detail, truncation, context management
+messages -> chat: top_k, web search, other hosted tools, cache marks, context management
+messages -> responses: top_k, other hosted tools, cache marks, context management
+messages -> gemini: one call at a time, other hosted tools, end user, cache marks, context
+    management
+gemini -> chat: top_k, web search, other hosted tools, safety settings, image output
+gemini -> responses: top_k, seed, penalties, other hosted tools, safety settings, image output
+gemini -> messages: seed, penalties, log probabilities, other hosted tools, metadata, flex tier,
+    safety settings, image output
+""")
+REFUSED = table("""
+chat -> responses: audio, audio output
+chat -> messages: audio, file ids, audio output
+chat -> gemini: file ids, audio output
+responses -> chat: background, stored prompts
+responses -> messages: file ids, background, stored prompts
+responses -> gemini: file ids, background, stored prompts
+messages -> chat: file ids, containers, MCP servers
+messages -> responses: file ids, containers, MCP servers
+messages -> gemini: file ids, containers, MCP servers
+gemini -> chat: video, file ids, audio output, cached contents
+gemini -> responses: audio, video, file ids, audio output, cached contents
+gemini -> messages: audio, video, file ids, audio output, cached contents
+""")
 
 # Losses that nobody is told of, since no answer depends on them.
 SILENT = {"end user", "cache key", "cache marks", "storing", "image detail"}
@@ -687,6 +706,8 @@ def test_a_request_loses_what_the_table_says_and_nothing_else(
     caller: ApiProtocol, upstream: ApiProtocol
 ) -> None:
     found = fates(caller, upstream)
+    named = LOSSES[caller, upstream] | REFUSED[caller, upstream]
+    assert all(caller in FEATURES[feature] for feature in named)
     wanted = {f: "lost" for f in LOSSES[caller, upstream] if f in found}
     wanted |= {f: "refused" for f in REFUSED[caller, upstream] if f in found}
     assert found == dict.fromkeys(found, "kept") | wanted
@@ -714,7 +735,7 @@ def bug_params() -> Iterator[Any]:
         )
 
 
-@pytest.mark.parametrize(("caller", "upstream", "feature", "proper"), bug_params())
+@pytest.mark.parametrize(("caller", "upstream", "feature", "proper"), list(bug_params()))
 def test_what_the_specification_says_of_a_feature_holds(
     caller: ApiProtocol, upstream: ApiProtocol, feature: str, proper: str
 ) -> None:
@@ -779,9 +800,13 @@ def messages(*blocks: tuple[Fragment, list[Fragment]], stop: str = "end_turn") -
     return Answer({"content": [block for block, _ in blocks], "stop_reason": stop}, [*events, end])
 
 
-def gemini(*parts: Fragment, finish: str = "STOP", pieces: Iterable[Fragment] = (), **more: Any) -> Answer:
+def gemini(
+    *parts: Fragment, finish: str = "STOP", pieces: Iterable[Fragment] = (), **more: Any
+) -> Answer:
     """An answer in generateContent; pieces: its parts as they are streamed, if otherwise."""
-    events: list[Fragment] = [{"candidates": [{"content": {"parts": [p]}}]} for p in pieces or parts]
+    events: list[Fragment] = [
+        {"candidates": [{"content": {"parts": [p]}}]} for p in pieces or parts
+    ]
     end = {"candidates": [{"finishReason": finish, **more}]}
     whole = {"content": {"parts": list(parts)}, "finishReason": finish, **more}
     return Answer({"candidates": [whole]}, [*events, end])
@@ -794,8 +819,16 @@ ARGUMENTS = '{"a":"x"}'
 def output_text(text: str, pieces: Iterable[str], **more: Any) -> tuple[Fragment, list[Fragment]]:
     part = {"type": "output_text", "text": text, **more}
     item = {"type": "message", "role": "assistant", "content": [part]}
-    growing = [{"type": "response.output_text.delta", "content_index": 0, "delta": p} for p in pieces]
+    growing = [
+        {"type": "response.output_text.delta", "content_index": 0, "delta": p} for p in pieces
+    ]
     return item, growing
+
+
+def annotated(text: str, note: Fragment) -> tuple[Fragment, list[Fragment]]:
+    item, growing = output_text(text, [text], annotations=[note])
+    kind = "response.output_text.annotation.added"
+    return item, [*growing, {"type": kind, "content_index": 0, "annotation": note}]
 
 
 def block_text(text: str, pieces: Iterable[str]) -> tuple[Fragment, list[Fragment]]:
@@ -839,7 +872,9 @@ CITED = {"url": URL, "title": "Cats"}
 SPAN = {"start_index": 0, "end_index": 2}
 GROUNDS = {
     "groundingChunks": [{"web": {"uri": URL, "title": "Cats"}}],
-    "groundingSupports": [{"segment": {"startIndex": 0, "endIndex": 2}, "groundingChunkIndices": [0]}],
+    "groundingSupports": [
+        {"segment": {"startIndex": 0, "endIndex": 2}, "groundingChunkIndices": [0]}
+    ],
 }
 FOUND = {"type": "web_search_result_location", **CITED, "cited_text": "Hi"}
 LOGPROB = {"token": "Hi", "logprob": -0.5, "bytes": [72, 105]}
@@ -861,17 +896,35 @@ ANSWERS: dict[str, dict[ApiProtocol, Answer]] = {
         RE: responses(
             (
                 {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
-                [{"type": "response.reasoning_summary_text.delta", "summary_index": 0, "delta": "Hm."}],
+                [
+                    {
+                        "type": "response.reasoning_summary_text.delta",
+                        "summary_index": 0,
+                        "delta": "Hm.",
+                    }
+                ],
             )
         ),
         ME: messages(
-            ({"type": "thinking", "thinking": "Hm."}, [{"type": "thinking_delta", "thinking": "Hm."}])
+            (
+                {"type": "thinking", "thinking": "Hm."},
+                [{"type": "thinking_delta", "thinking": "Hm."}],
+            )
         ),
         GC: gemini({"text": "Hm.", "thought": True}),
     },
     "parallel calls": {
         CC: chat(
-            {"tool_calls": [{"id": f"call_{n}", "type": "function", "function": {"name": "f", "arguments": ARGUMENTS}} for n in (0, 1)]},
+            {
+                "tool_calls": [
+                    {
+                        "id": f"call_{n}",
+                        "type": "function",
+                        "function": {"name": "f", "arguments": ARGUMENTS},
+                    }
+                    for n in (0, 1)
+                ]
+            },
             *call_in_chat(0),
             *call_in_chat(1),
             finish="tool_calls",
@@ -897,35 +950,47 @@ ANSWERS: dict[str, dict[ApiProtocol, Answer]] = {
         CC: chat({"refusal": "No."}, {"refusal": "No."}),
         RE: responses(
             (
-                {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]},
+                {
+                    "type": "message",
+                    "role": "assistant",
+                    "content": [{"type": "refusal", "refusal": "No."}],
+                },
                 [{"type": "response.refusal.delta", "content_index": 0, "delta": "No."}],
             )
         ),
     },
     "citations": {
         CC: chat(
-            {"content": "Hi", "annotations": [{"type": "url_citation", "url_citation": CITED | SPAN}]},
+            {
+                "content": "Hi",
+                "annotations": [{"type": "url_citation", "url_citation": CITED | SPAN}],
+            },
             {"content": "Hi"},
             {"annotations": [{"index": 0, "type": "url_citation", "url_citation": CITED | SPAN}]},
         ),
-        RE: responses(output_text("Hi", ["Hi"], annotations=[{"type": "url_citation"} | CITED | SPAN])),
+        RE: responses(annotated("Hi", {"type": "url_citation"} | CITED | SPAN)),
         ME: messages(
             (
                 {"type": "text", "text": "Hi", "citations": [FOUND]},
-                [{"type": "text_delta", "text": "Hi"}, {"type": "citations_delta", "citation": FOUND}],
+                [
+                    {"type": "text_delta", "text": "Hi"},
+                    {"type": "citations_delta", "citation": FOUND},
+                ],
             )
         ),
         GC: gemini({"text": "Hi"}, groundingMetadata=GROUNDS),
     },
     "log probabilities": {
-        CC: chat({"content": "Hi"}, logprobs={"content": [LOGPROB]})._replace(
-            events=[{"choices": [{"delta": {"content": "Hi"}, "logprobs": {"content": [LOGPROB]}}]}]
-        ),
-        RE: responses(output_text("Hi", ["Hi"], logprobs=[LOGPROB])),
+        CC: chat({"content": "Hi"}, logprobs={"content": [LOGPROB]}),
+        RE: responses(output_text("Hi", [], logprobs=[LOGPROB])),
         GC: gemini({"text": "Hi"}, logprobsResult=CHOSEN),
     },
     "image output": {
-        CC: chat({"content": "Hi", "images": [PICTURE]}, {"content": "Hi"}, {"images": [{"index": 0, **PICTURE}]}),
+        CC: chat(
+            {"content": "Hi", "images": [PICTURE]},
+            {"content": "Hi"},
+            {"images": [{"index": 0, **PICTURE}]},
+        ),
         RE: responses(output_text("Hi", ["Hi"]), (DRAWN, [])),
         GC: gemini({"text": "Hi"}, {"inlineData": {"mimeType": "image/png", "data": PNG}}),
     },
@@ -935,3 +1000,346 @@ ANSWERS: dict[str, dict[ApiProtocol, Answer]] = {
         GC: gemini({"executableCode": {"language": "PYTHON", "code": "1"}}, {"text": "Hi"}),
     },
 }
+
+# Log probabilities come with the text that they are of.
+LIKELY: dict[ApiProtocol, Fragment] = {
+    CC: {"choices": [{"delta": {"content": "Hi"}, "logprobs": {"content": [LOGPROB]}}]},
+    RE: {
+        "type": "response.output_text.delta",
+        "output_index": 0,
+        "content_index": 0,
+        "delta": "Hi",
+        "logprobs": [LOGPROB],
+    },
+    GC: {"candidates": [{"content": {"parts": [{"text": "Hi"}]}, "logprobsResult": CHOSEN}]},
+}
+for protocol, likely in LIKELY.items():
+    events = [likely, ANSWERS["the end"][protocol].events[-1]]
+    answer = ANSWERS["log probabilities"][protocol]._replace(events=events)
+    ANSWERS["log probabilities"][protocol] = answer
+
+# Where a caller gets something in other words, or in another place.
+SEEN: dict[str, dict[ApiProtocol, Answer]] = {
+    "refusals": {
+        ME: messages(block_text("No.", ["No."]), stop="refusal"),
+        GC: gemini({"text": "No."}, finish="SAFETY"),
+    },
+    "log probabilities": {  # Google may tell them after the text
+        p: ANSWERS["log probabilities"][p]._replace(events=[before, after])
+        for p, before, after in (
+            (
+                CC,
+                {"choices": [{"delta": {"content": "Hi"}}]},
+                {"choices": [{"delta": {"content": ""}, "logprobs": {"content": [LOGPROB]}}]},
+            ),
+            (
+                RE,
+                {"type": "response.output_text.delta", "delta": "Hi"},
+                {"type": "response.output_text.delta", "delta": "", "logprobs": [LOGPROB]},
+            ),
+        )
+    },
+}
+COUNTS: dict[ApiProtocol, Fragment] = {
+    CC: {
+        "prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 3},
+    },
+    RE: {
+        "input_tokens": 9, "output_tokens": 5, "total_tokens": 14,
+        "input_tokens_details": {"cached_tokens": 4},
+        "output_tokens_details": {"reasoning_tokens": 3},
+    },
+    ME: {
+        "input_tokens": 5, "output_tokens": 5, "cache_read_input_tokens": 4,
+        "output_tokens_details": {"thinking_tokens": 3},
+    },
+    GC: {
+        "promptTokenCount": 9, "candidatesTokenCount": 2, "totalTokenCount": 14,
+        "cachedContentTokenCount": 4, "thoughtsTokenCount": 3,
+    },
+}  # fmt: skip
+
+
+def counted(protocol: ApiProtocol, answer: Answer) -> Answer:
+    """An answer that says what was used."""
+    used = {"usageMetadata" if protocol is GC else "usage": COUNTS[protocol]}
+    whole, (*events, last) = answer.whole | used, answer.events
+    if protocol is CC:
+        return Answer(whole, [*events, last, {"choices": [], **used}])
+    return Answer(whole, [*events, last | ({"response": whole} if protocol is RE else used)])
+
+
+ANSWERS["usage"] = {p: counted(p, ANSWERS["the end"][p]) for p in ApiProtocol}
+FIRST: dict[ApiProtocol, list[Fragment]] = {
+    CC: [{"choices": [{"delta": {"role": "assistant", "content": ""}}]}],
+    RE: [{"type": "response.created", "response": {"id": "resp_1", "model": "m", "output": []}}],
+    ME: [
+        {
+            "type": "message_start",
+            "message": {"model": "m", "usage": COUNTS[ME] | {"output_tokens": 1}},
+        }
+    ],
+    GC: [],
+}
+
+
+def streamed(protocol: ApiProtocol, answer: Answer) -> bytes:
+    """An answer as its provider streams it."""
+    out = b""
+    for event in [*FIRST[protocol], *answer.events]:
+        name = f"event: {event['type']}\n" if "type" in event else ""
+        out += f"{name}data: {json.dumps(event)}\n\n".encode()
+    return out + CODECS[protocol].end_mark
+
+
+def translation(caller: ApiProtocol, upstream: ApiProtocol, **more: Any) -> Translation:
+    body = BASES[caller] | ({"stream_options": {"include_usage": True}} if caller is CC else {})
+    return Translation(
+        CODECS[upstream], CODECS[caller], CODECS[caller].parse_request(body), Undo(),
+        AnswerLabel("abc", 1_790_000_000, "m"), TRAITS[upstream].vendor,
+        lambda facts: UpstreamBroken(facts.message), **more,
+    )  # fmt: skip
+
+
+def heard(caller: ApiProtocol, upstream: ApiProtocol, answer: Answer, *, streams: bool) -> Any:
+    """What a caller gets of a provider's answer: JSON, or the JSON of each event."""
+    answer, between = counted(upstream, answer), translation(caller, upstream)
+    if not streams:
+        between.take_whole(json.loads(json.dumps(answer.whole)))
+        return between.whole()
+    out = between.feed(streamed(upstream, answer)) + between.finish()
+    events = [event.data for raw in split_events(out) if (event := parse_event(raw))]
+    return [json.loads(data) for data in events if data != b"[DONE]"]
+
+
+def answer_fate(feature: str, caller: ApiProtocol, upstream: ApiProtocol, *, streams: bool) -> str:
+    """What becomes of a feature of an answer: kept, lost; or garbled, which is neither."""
+    found = heard(caller, upstream, ANSWERS[feature][upstream], streams=streams)
+    ways = [table.get(feature, {}).get(caller) for table in (ANSWERS, SEEN)]
+    if any(holds(found, way.events if streams else way.whole) for way in ways if way):
+        return "kept"
+    plain = heard(caller, upstream, ANSWERS["the end"][upstream], streams=streams)
+    return "lost" if found == plain else "garbled"
+
+
+ANSWER_LOSSES = table("""
+chat -> responses: steps of hosted tools
+chat -> messages: steps of hosted tools
+chat -> gemini: steps of hosted tools
+responses -> chat:
+responses -> messages: steps of hosted tools
+responses -> gemini: steps of hosted tools
+messages -> chat: log probabilities, image output, citations
+messages -> responses: log probabilities, image output, citations, steps of hosted tools
+messages -> gemini: log probabilities, image output, citations, steps of hosted tools
+gemini -> chat:
+gemini -> responses: steps of hosted tools
+gemini -> messages: steps of hosted tools
+responses -> responses: steps of hosted tools
+""")
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("caller", "upstream"), [*CROSS, (RE, RE)], ids=pair_id)
+def test_an_answer_loses_what_the_table_says_and_nothing_else(
+    caller: ApiProtocol, upstream: ApiProtocol, streams: bool
+) -> None:
+    features = [feature for feature, ways in ANSWERS.items() if upstream in ways]
+    found = {f: answer_fate(f, caller, upstream, streams=streams) for f in features}
+    lost = dict.fromkeys(ANSWER_LOSSES[caller, upstream], "lost")
+    assert found == dict.fromkeys(features, "kept") | lost
+
+
+def warned_of(feature: str, caller: ApiProtocol, upstream: ApiProtocol, *, streams: bool) -> bool:
+    between, answer = translation(caller, upstream), counted(upstream, ANSWERS[feature][upstream])
+    if streams:
+        between.feed(streamed(upstream, answer))
+    else:
+        between.take_whole(answer.whole)
+        between.whole()
+    return any(loss.code == "dropped" for loss in between.losses.found)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("caller", "upstream"), CROSS, ids=pair_id)
+def test_an_answer_warns_of_nothing_that_it_holds(
+    caller: ApiProtocol, upstream: ApiProtocol, streams: bool
+) -> None:
+    features = [feature for feature, ways in ANSWERS.items() if upstream in ways]
+    warned = {f for f in features if warned_of(f, caller, upstream, streams=streams)}
+    false_alarm = {"image output"} if streams and upstream is RE else set()  # see below
+    assert warned - false_alarm <= ANSWER_LOSSES[caller, upstream]
+
+
+@pytest.mark.xfail(strict=True, reason="the item that begins without its picture counts as lost")
+def test_a_streamed_picture_that_arrives_is_not_warned_of() -> None:
+    assert answer_fate("image output", CC, RE, streams=True) == "kept"
+    assert not warned_of("image output", CC, RE, streams=True)
+
+
+# ---------------------------------------------------------------------------------------------
+# State
+# ---------------------------------------------------------------------------------------------
+# What a vendor minted for its own eyes goes back to it as it was, whichever protocol the caller
+# speaks, and to nobody else.
+
+SECRET = "c2lnbmVkIGJ5IG1l"
+THOUGHT = {"type": "thinking", "thinking": "Hm.", "signature": SECRET}
+ITEM: Fragment = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": SECRET}
+DETAIL = {"type": "reasoning.encrypted", "data": SECRET, "id": "r1", "format": "own"}
+SIGNED = call_in_gemini(0) | {"thoughtSignature": SECRET}
+MINTED: dict[ApiProtocol, Answer] = {
+    CC: chat(
+        {"reasoning_details": [DETAIL], "tool_calls": call_in_chat(0)[0]["tool_calls"]},
+        {"reasoning_details": [{"index": 0, **DETAIL}]},
+        *call_in_chat(0),
+        finish="tool_calls",
+    ),
+    RE: responses((ITEM, []), call_in_responses(0)),
+    ME: messages(
+        (
+            THOUGHT,
+            [
+                {"type": "thinking_delta", "thinking": "Hm."},
+                {"type": "signature_delta", "signature": SECRET},
+            ],
+        ),
+        call_in_messages(0),
+        stop="tool_use",
+    ),
+    GC: gemini(SIGNED),
+}
+for event in MINTED[ME].events:  # a block starts without its signature
+    if holds(event, {"content_block": {"signature": SECRET}}):
+        event["content_block"]["signature"] = ""
+RETURNED: dict[ApiProtocol, Fragment] = {
+    CC: {"messages": [{"role": "assistant", "reasoning_details": [DETAIL]}]},
+    RE: {"input": [ITEM, {"type": "function_call", "call_id": "call_0"}]},
+    ME: said("assistant", [THOUGHT, {"type": "tool_use", "id": "call_0"}]),
+    GC: {"contents": [{"role": "model", "parts": [SIGNED]}]},
+}
+
+
+def added_up(caller: ApiProtocol, events: list[Any]) -> Any:
+    """What a client makes of a stream: what it will send back with its next request."""
+    if caller is RE:
+        return events[-1]["response"]["output"]
+    if caller is GC:
+        return [p for event in events for p in event["candidates"][0]["content"]["parts"]]
+    return _blocks(events) if caller is ME else _message(events)
+
+
+def _blocks(events: list[Any]) -> list[Any]:
+    blocks: list[Any] = []
+    for event in events:
+        if event["type"] == "content_block_start":
+            blocks.append(event["content_block"])
+        delta = event.get("delta", {})
+        for name in ("text", "thinking", "signature"):
+            if name in delta:
+                blocks[-1][name] += delta[name]
+        if "partial_json" in delta:
+            blocks[-1]["input"] = json.loads(delta["partial_json"])
+    return blocks
+
+
+def _message(events: list[Any]) -> Fragment:
+    message: Fragment = {"role": "assistant", "content": None, "reasoning_content": ""}
+    for delta in (choice["delta"] for event in events for choice in event["choices"]):
+        message["reasoning_content"] += delta.get("reasoning_content", "")
+        message.setdefault("reasoning_details", []).extend(delta.get("reasoning_details", []))
+        for call in delta.get("tool_calls", []):
+            known = message.setdefault("tool_calls", [])
+            if "id" in call:
+                known.append(call)
+            else:
+                known[-1]["function"]["arguments"] += call["function"]["arguments"]
+    return message
+
+
+def remembered(caller: ApiProtocol, answer: Any) -> Any:
+    """The same of a whole answer."""
+    if caller is CC:
+        return answer["choices"][0]["message"]
+    if caller is GC:
+        return answer["candidates"][0]["content"]["parts"]
+    return answer["output" if caller is RE else "content"]
+
+
+def next_request(caller: ApiProtocol, kept: Any) -> Fragment:
+    """What a client asks next: what it kept of the answer, and the result of the call in it."""
+    user: Fragment = {"role": "user", "content": "Hi"}
+    if caller is RE:
+        item = {"type": "function_call_output", "call_id": "call_0", "output": "done"}
+        return {"input": [user, *kept, item]}
+    if caller is CC:
+        told = {"role": "tool", "tool_call_id": "call_0", "content": "done"}
+        return {"messages": [user, kept, told]}
+    if caller is ME:
+        block = {"type": "tool_result", "tool_use_id": "call_0", "content": "done"}
+        back = {"role": "user", "content": [block]}
+        return {"messages": [user, {"role": "assistant", "content": kept}, back]}
+    part = {"functionResponse": {"id": "call_0", "name": "f", "response": {"output": "done"}}}
+    turns = [("user", [{"text": "Hi"}]), ("model", kept), ("user", [part])]
+    return {"contents": [{"role": role, "parts": parts} for role, parts in turns]}
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("caller", "minter"), CROSS, ids=pair_id)
+def test_state_goes_back_to_who_minted_it_and_to_nobody_else(
+    caller: ApiProtocol, minter: ApiProtocol, streams: bool
+) -> None:
+    got = heard(caller, minter, MINTED[minter], streams=streams)
+    kept = added_up(caller, got) if streams else remembered(caller, got)
+    for upstream in ApiProtocol:
+        there = sent(caller, upstream, next_request(caller, kept))
+        assert there is not None and "br1." not in json.dumps(there.body)
+        assert holds(there.body, RETURNED[minter]) == (upstream is minter)
+        assert (SECRET in json.dumps(there.body)) == (upstream is minter)
+
+
+# ---------------------------------------------------------------------------------------------
+# The table in the README
+# ---------------------------------------------------------------------------------------------
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- losses: written by tests/test_matrix.py -->", "<!-- end of losses -->"
+NAMES = {CC: "Chat Completions", RE: "Responses", ME: "Messages", GC: "generateContent"}
+
+
+def losses_table() -> str:
+    """What each pair loses, and what it refuses, in Markdown."""
+    rows = [["the caller speaks", *NAMES.values()], ["---"] * (1 + len(NAMES))]
+    for caller, name in NAMES.items():
+        rows.append([name, *(losses_cell(caller, upstream) for upstream in NAMES)])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def losses_cell(caller: ApiProtocol, upstream: ApiProtocol) -> str:
+    if caller is upstream:
+        return "nothing"
+    pair, order = (caller, upstream), [*FEATURES, *(f for f in ANSWERS if f not in FEATURES)]
+    lost = [f for f in order if f in LOSSES[pair] | ANSWER_LOSSES[pair]]
+    refused = [f for f in order if f in REFUSED[pair]]
+    return f"{', '.join(lost)}; refused: {', '.join(refused)}"
+
+
+def test_the_readme_holds_the_table_of_losses() -> None:
+    _, begin, rest = README.read_text().partition(f"{BEGIN}\n")
+    table_there, end, _ = rest.partition(END)
+    assert begin and end
+    assert table_there.strip() == losses_table().strip()
+
+
+def write_readme() -> None:
+    """Put the table where it belongs."""
+    text = README.read_text()
+    assert text.count(f"{BEGIN}\n") == text.count(END) == 1
+    before, rest = text.split(f"{BEGIN}\n")
+    README.write_text(f"{before}{BEGIN}\n\n{losses_table()}\n{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    write_readme()

@@ -588,6 +588,10 @@ ASKED_FOR: list[tuple[Prompt, Traits, dict[str, Any]]] = [
                    {"role": "assistant", "content": "a"}]}),
     (turned(HI, HI), Traits(), {"messages": [{"role": "user", "content": [
         {"type": "text", "text": "hi"}, {"type": "text", "text": "hi"}]}]}),
+    (asked(Media("image", file_id="f"), Media("document", "text/csv", "YSxi", name="a")), Traits(),
+     {"messages": [{"role": "user", "content": [
+         image(type="file", file_id="f"),
+         {**document(type="text", media_type="text/plain", data="a,b"), "title": "a"}]}]}),
     (turned(Message("user", (Text(" "),))), Traits(),
      {"messages": [{"role": "user", "content": "."}]}),
 ]  # fmt: skip

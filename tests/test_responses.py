@@ -534,6 +534,14 @@ ASKED_FOR: list[tuple[Prompt, Traits, dict[str, Any]]] = [
     (asked(ToolResult("c", (Text("no"),), is_error=True)), Traits(),
      {"input": [{"type": "function_call_output", "call_id": "c", "output": "Error: no"}]}),
     (asked(source=CLAUDES, extra={"truncation": "auto"}), Traits(), {"truncation": None}),
+    (asked(Media("document", file_id="f"), Media("image", file_id="g")), Traits(),
+     {"input": [{"role": "user", "content": [
+         {"type": "input_file", "file_id": "f"},
+         {"type": "input_image", "file_id": "g", "detail": "auto"}]}]}),
+    (asked(Media("document", url="https://x.example/"), Media("document", "text/csv", "YSxi")),
+     Traits(), {"input": [{"role": "user", "content": [
+         {"type": "input_file", "file_url": "https://x.example/"},
+         {"type": "input_text", "text": "a,b"}]}]}),
 ]  # fmt: skip
 
 
@@ -675,6 +683,19 @@ def test_an_item_is_the_same_when_added_while_growing_and_when_done() -> None:
     assert {e["item_id"] for e in growing} <= {e["item"]["id"] for e in added}
     assert all(e["item_id"] == added[e["output_index"]]["item"]["id"] for e in growing)
     assert len({e["item"]["id"] for e in added}) == len(added)
+
+
+def test_what_grows_says_where() -> None:
+    for event in told():
+        kind = short(event["type"])
+        if kind.startswith(("content_part", "output_text", "refusal")):
+            assert event["content_index"] == 0
+        if kind.startswith("reasoning_summary"):
+            assert event["summary_index"] == 0
+        if kind.endswith("annotation.added"):
+            assert (event["annotation_index"], event["annotation"]["start_index"]) == (0, 0)
+        if kind == "output_text.delta":
+            assert event["logprobs"] == []
 
 
 def test_an_item_is_done_before_the_next_is_added() -> None:
