@@ -6350,11 +6350,15 @@ def _gemini_render_response(
     candidates = []
     for choice in choices:
         blocks = _gemini_stated(without_cut_call(choice, losses).content)
-        parts = [part for b in blocks for part in _gemini_answer_parts(b, losses)]
+        parts: list[JsonObject] = []
+        cited: list[tuple[str, Citation, int, int]] = []
+        for block in blocks:
+            citations = block.citations if isinstance(block, Text) else ()
+            cited += [(text_of(block), citation, len(parts), 0) for citation in citations]
+            parts += _gemini_answer_parts(block, losses)
         candidate = _gemini_candidate(choice.finished.choice, parts or [{"text": ""}])
         candidate |= _gemini_finish(choice.finished)
         texts = [block for block in choice.content if isinstance(block, Text)]
-        cited = [(t.text, c, parts.index({"text": t.text})) for t in texts for c in t.citations]
         candidate |= _gemini_grounding(cited)
         candidate |= _gemini_logprobs([one for text in texts for one in text.logprobs])
         candidates.append(candidate)
@@ -6423,22 +6427,26 @@ def _gemini_answer_parts(block: Block, losses: Losses) -> list[JsonObject]:
     return [{"text": block.text}]
 
 
-def _gemini_grounding(cited: list[tuple[str, Citation, int]]) -> JsonObject:
-    """Citations, each with its text and that text's place, as grounding. wire: its indices count
-    bytes, not characters."""
+def _gemini_grounding(cited: list[tuple[str, Citation, int, int]]) -> JsonObject:
+    """Citations, each with its text, that text's part and the bytes before it there, as grounding.
+    wire: its indices count bytes, not characters."""
     if not cited:
         return {}
     chunks: list[JsonObject] = []
     supports = []
-    for text, one, place in cited:
+    for text, one, place, before in cited:
         web = {"web": {"uri": one.url, "title": one.title}}
         if web not in chunks:
             chunks.append(web)
-        start, end = (len(text[:at].encode("utf-8", "replace")) for at in (one.start, one.end))
+        start, end = (before + _gemini_size(text[:at]) for at in (one.start, one.end))
         segment: JsonObject = {"partIndex": place} if place else {}
         segment |= {"startIndex": start, "endIndex": end, "text": text[one.start : one.end]}
         supports.append({"segment": segment, "groundingChunkIndices": [chunks.index(web)]})
     return {"groundingMetadata": {"groundingChunks": chunks, "groundingSupports": supports}}
+
+
+def _gemini_size(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 def _gemini_logprobs(told: Iterable[JsonObject]) -> JsonObject:
@@ -6455,6 +6463,8 @@ class _GeminiEncoder:
         self._blocks: dict[int, tuple[Block, int]] = {}
         self._arguments: dict[int, list[str]] = {}
         self._texts: dict[int, list[str]] = {}  # key -> what a citation points into
+        self._spoken: dict[int, int] = {}  # choice -> bytes of text so far
+        self._before: dict[int, int] = {}  # key -> bytes of text before it
         self._cited: dict[int, list[tuple[int, Citation]]] = {}  # choice -> key and citation
         self._states: dict[int, Opaque] = {}  # choice -> state that waits for a call to stand on
         self._botched: list[tuple[int, Block]] = []  # calls whose arguments are no object
@@ -6489,7 +6499,10 @@ class _GeminiEncoder:
                 last["thoughtSignature"] = _gemini_sealed(self._states[index])
             candidate = _gemini_candidate(index, [last]) | _gemini_finish(finished)
             kept = self._cited.get(index, ())
-            cited = [("".join(self._texts.get(key, ())), one, 0) for key, one in kept]
+            cited = [
+                ("".join(self._texts.get(key, ())), one, 0, self._before.get(key, 0))
+                for key, one in kept
+            ]
             candidates.append(candidate | _gemini_grounding(cited))
         last_chunk = {"candidates": candidates, **self._head, **_gemini_counts(usage)}
         return out + self._event(last_chunk)
@@ -6505,6 +6518,8 @@ class _GeminiEncoder:
         if not part.text:
             return b""
         if isinstance(block, Text):
+            self._before.setdefault(part.key, self._spoken.get(choice, 0))
+            self._spoken[choice] = self._spoken.get(choice, 0) + _gemini_size(part.text)
             self._texts.setdefault(part.key, []).append(part.text)
         thought = {"thought": True} if isinstance(block, Reasoning) else {}
         more = _gemini_logprobs(part.logprobs)

@@ -38,6 +38,7 @@ from test_acceptance import (
     says,
     warned,
 )
+from test_transport import lazy_caller, pusher, stalled
 
 import bitrouter
 
@@ -1106,3 +1107,64 @@ async def test_who_speaks_of_functions_hears_of_them_in_a_stream(hop: Any) -> No
     assert json.loads("".join(delta.get("arguments", "") for delta in deltas)) == {"a": 1}
     assert chunks[-1]["choices"][0]["finish_reason"] == "function_call"
     assert "tool_calls" not in str(chunks)
+
+
+# Time, and what the answer costs.
+
+IMPATIENT = "[upstream]\ntimeouts = {first_token_s = 0.05, idle_s = 0.05, total_s = 0.05}\n"
+
+
+@pytest.mark.parametrize("pair", CROSS)
+async def test_silence_in_mid_translation_ends_in_the_caller_s_error(hop: Any, pair: str) -> None:
+    async with hop(pair, stream(*begun_of(pair[1]), ending="hang"), toml=IMPATIENT) as h:
+        answer = await h.ask(streams=True)
+        await h.up.hung_up.wait()
+    assert "sent nothing for" in last_error(pair[0], answer)["message"]
+    assert not ends(pair[0], answer)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("pair", CROSS)
+async def test_silence_before_the_first_token_is_a_504(hop: Any, pair: str, streams: bool) -> None:
+    async with hop(pair, Reply(hangs=True), toml=IMPATIENT) as h:
+        assert (await h.ask(streams=streams)).status == 504
+
+
+@pytest.mark.parametrize("ending", ["cut", "reset"])
+@pytest.mark.parametrize("pair", CROSS)
+async def test_how_a_finished_stream_s_connection_ends_is_no_matter(
+    hop: Any, pair: str, ending: str
+) -> None:
+    events = events_of(pair[1], "Hello")
+    finished = events if pair[1] in "RG" else events[:-1]
+    async with hop(pair, stream(*finished, None, ending=ending)) as h:
+        assert (await h.hear(streams=True)).text == "Hello"
+
+
+@pytest.mark.parametrize("pair", ["CM", "RM", "GM"])
+async def test_an_answer_in_another_protocol_has_its_price(hop: Any, pair: str) -> None:
+    async with hop(pair, says("M", "hi"), model="anthropic/claude-sonnet-4-5") as h:
+        answer = await h.ask()
+        [line] = h.gateway.lines()
+    assert float(answer.headers["x-bitrouter-cost-usd"]) == line["cost_usd"] == (33 + 105) / 1e6
+
+
+async def test_openai_is_told_of_json_when_nobody_has_spoken_of_it(hop: Any) -> None:
+    wanted = {"responseMimeType": "application/json"}
+    async with hop("GC", says("C", "{}")) as h:
+        await h.ask(request_of("G", generationConfig=wanted))
+        assert h.sent["response_format"] == {"type": "json_object"}
+        assert "json" in str(h.sent["messages"]).lower() and len(h.sent["messages"]) == 2
+        await h.ask(request_of("G", "Say it in JSON.", generationConfig=wanted))
+        assert len(h.sent["messages"]) == 1
+
+
+async def test_a_caller_that_does_not_read_stalls_a_translation(gateway: Any) -> None:
+    loop = asyncio.get_running_loop()
+    async with pusher() as push:
+        environ = {"OPENAI_API_KEY": "sk-x", "OPENAI_BASE_URL": f"http://127.0.0.1:{push.port}/v1"}
+        async with gateway(environ=environ) as gw, lazy_caller(gw.port) as caller:
+            body = request_of("M") | {"model": "openai/m", "stream": True}
+            request = request_bytes("POST", path_of("M", ""), body, connection="close")
+            await loop.sock_sendall(caller, request)
+            assert await stalled(push) < 12_000_000  # with what the kernel holds

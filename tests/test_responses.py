@@ -346,6 +346,7 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
      {"tools": (Tool("web_search", kind="hosted", native=Native(ApiProtocol.RESPONSES, SEARCH)),)}),
     ({"tool_choice": "required"}, {"tool_choice": ToolChoice("required")}),
     ({"tool_choice": {"type": "function", "name": "f"}}, {"tool_choice": CHOSEN}),
+    ({"tool_choice": {"type": "mcp"}}, {"tool_choice": ToolChoice("named", ("mcp",))}),
     ({"tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [{"name": "f"}]}},
      {"tool_choice": ToolChoice("allowed", ("f",), True)}),
     ({"parallel_tool_calls": False}, {"parallel_tools": False}),
@@ -365,6 +366,11 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize(("fields", "meaning"), FIELDS)
 def test_a_request_becomes_a_prompt(fields: Any, meaning: dict[str, Any]) -> None:
     assert parsed(**fields) == asked()._replace(**meaning)
+
+
+def test_a_hosted_search_is_chosen_by_the_name_that_it_has() -> None:
+    prompt = parsed(tools=[SEARCH], tool_choice={"type": SEARCH["type"]})
+    assert prompt.tool_choice == ToolChoice("named", (prompt.tools[0].name,))
 
 
 def a(kind: str, role: str = "user", **facts: Any) -> dict[str, Any]:
@@ -497,7 +503,6 @@ def test_all_that_the_protocol_can_say_survives_it(prompt: Prompt) -> None:
     assert RESPONSES.parse_request(sent(prompt)) == prompt._replace(store=False)
 
 
-@pytest.mark.xfail(strict=True, reason="a choice of a custom tool goes out as one of a function")
 def test_a_custom_tool_is_chosen_as_one() -> None:
     prompt = asked(tools=(SQL,), tool_choice=ToolChoice("named", ("sql",)))
     assert sent(prompt)["tool_choice"] == {"type": "custom", "name": "sql"}
