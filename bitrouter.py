@@ -2226,6 +2226,8 @@ def _references(schema: Json) -> set[str]:
 
 # OpenAI's strict subset.
 
+_NOT_STRICT = ("oneOf", "allOf", "not", "if", "patternProperties")
+
 
 def strict_for_openai(schema: Json) -> JsonObject | None:
     """The schema as OpenAI's strict mode takes it; None if that would change what it means."""
@@ -2235,12 +2237,17 @@ def strict_for_openai(schema: Json) -> JsonObject | None:
         nonlocal allowed
         if one.get("type") == "object" or "properties" in one:
             properties = as_object(one.get("properties"))
-            if set(properties) != set(as_list(one.get("required"))):
+            required = as_list(one.get("required"))
+            if set(properties) != {name for name in required if isinstance(name, str)}:
+                allowed = False
+            if not all(isinstance(name, str) for name in required):
                 allowed = False
             if one.get("additionalProperties") not in (None, False):
                 allowed = False
             one = {**one, "additionalProperties": False}
-        if any(key in one for key in ("oneOf", "allOf", "not", "if", "patternProperties")):
+        if any(key in _NOT_STRICT or key.startswith("dependent") for key in one):
+            allowed = False
+        if "$ref" in one and len(one) > 1:
             allowed = False
         return one
 
@@ -2271,6 +2278,7 @@ _CLAUDE_KEEPS = {
 _CLAUDE_FORMATS = {
     "date-time", "time", "date", "duration", "email", "hostname", "uri", "ipv4", "ipv6", "uuid",
 }  # fmt: skip
+_CLAUDE_UNSAID = ("$schema", "$id", "oneOf", "type")
 _CLAUDE_MAX_OPTIONAL = 24
 _CLAUDE_MAX_UNIONS = 16
 
@@ -2309,7 +2317,7 @@ def _for_claude(one: JsonObject) -> JsonObject:
         new["additionalProperties"] = False
     else:
         new.pop("additionalProperties", None)
-    lost = {k: v for k, v in one.items() if k not in new and k not in ("$schema", "$id", "oneOf")}
+    lost = {k: v for k, v in one.items() if k not in new and k not in _CLAUDE_UNSAID}
     if lost:
         said = "; ".join(f"{key}: {show_json(value)}" for key, value in lost.items())
         new["description"] = f"{new['description']} ({said})" if "description" in new else said
@@ -2332,10 +2340,10 @@ def for_gemini(schema: JsonObject) -> JsonObject:
         schema = {**{k: v for k, v in schema.items() if k != "definitions"}, "$defs": defs}
 
     def change(one: JsonObject) -> JsonObject:
+        one = _without_all_of(_without_const(one))
         if isinstance(one.get("$ref"), str):
             target = one["$ref"].replace("#/definitions/", "#/$defs/")
             return {"$ref": target, **({"$defs": one["$defs"]} if "$defs" in one else {})}
-        one = _without_all_of(_without_const(one))
         return {key: value for key, value in one.items() if key in _GEMINI_KEEPS}
 
     return as_object(mapped(schema, change))
@@ -2416,7 +2424,9 @@ def _for_old_gemini(one: JsonObject) -> JsonObject:
         one.setdefault("minimum", one["exclusiveMinimum"])
     new = {key: value for key, value in one.items() if key in _LEGACY_KEEPS}
     if isinstance(new.get("enum"), list):
-        new["enum"] = [one if isinstance(one, str) else json.dumps(one) for one in new["enum"]]
+        values = [value for value in new["enum"] if value is not None]
+        new |= {"nullable": True} if len(values) < len(new["enum"]) else {}
+        new["enum"] = [v if isinstance(v, str) else json.dumps(v) for v in values]
         new |= {"type": "string", "format": "enum"}
     elif str(new.get("format")) not in _LEGACY_FORMATS:
         new.pop("format", None)
@@ -2460,7 +2470,10 @@ def from_gemini(schema: Json) -> JsonObject:
             new["type"] = new["type"].lower()
         if new.get("type") == "type_unspecified":
             del new["type"]
-        if new.pop("nullable", False) and "type" in new:
+        nullable = new.pop("nullable", False)
+        if nullable and "type" not in new and isinstance(new.get("anyOf"), list):
+            new["anyOf"] = [*new["anyOf"], {"type": "null"}]
+        elif nullable and "type" in new:
             new["type"] = [new["type"], "null"]
             if isinstance(new.get("enum"), list):
                 new["enum"] = [*new["enum"], None]
@@ -3869,8 +3882,8 @@ def _responses_tool_choice(choice: Json) -> ToolChoice | None:
         names = [dig(tool, "name") for tool in as_list(choice.get("tools"))]
         must = choice.get("mode") == "required"
         return ToolChoice("allowed", tuple(n for n in names if isinstance(n, str)), must)
-    name = choice.get("name") or choice.get("type")
-    return ToolChoice("named", (typed(name, str, "tool_choice.name"),))
+    name = typed(choice.get("name") or choice.get("type"), str, "tool_choice.name")
+    return ToolChoice("named", (WEB_SEARCH if name.startswith("web_search") else name,))
 
 
 def _responses_input(given: Json) -> tuple[list[Message], list[tuple[str, JsonObject]]]:
@@ -4067,6 +4080,11 @@ def _responses_render_choice(prompt: Prompt) -> Json:
     choice = prompt.tool_choice
     if choice is None:
         return None
+    by_name = {tool.name: tool for tool in prompt.tools}
+    hosted = by_name.get(choice.names[0]) if choice.names else None
+    if choice.mode == "named" and hosted and hosted.kind == "hosted":
+        own = hosted.native and hosted.native.protocol is ApiProtocol.RESPONSES
+        return {"type": hosted.native.value["type"] if hosted.native and own else hosted.name}
     kinds = {tool.name: tool.kind for tool in prompt.tools}
     tools = [{"type": kinds.get(name, "function"), "name": name} for name in choice.names]
     if choice.mode == "named":
@@ -7225,10 +7243,20 @@ def _within_limits(prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses
                     losses.add("dropped", name)
                 cleared: dict[str, Any] = {name: None}
                 sampling = sampling._replace(**cleared)
+    wanted = prompt.thinking.effort
+    if wanted and not (wanted == "none" and protocol in _STOPPED_OTHERWISE):
+        effort = nearest_effort(wanted, traits.efforts)
+        if effort != wanted:
+            losses.add("lowered", "reasoning_effort", harmful=False)
+        prompt = prompt._replace(thinking=prompt.thinking._replace(effort=effort))
     if protocol is ApiProtocol.MESSAGES and (sampling.temperature or 0) > 1:
         losses.add("clamped", "temperature")
         sampling = sampling._replace(temperature=1.0)
     return prompt._replace(sampling=sampling)
+
+
+# Where reasoning is turned off in another way than by a level of effort.
+_STOPPED_OTHERWISE = (ApiProtocol.MESSAGES, ApiProtocol.GENERATE_CONTENT)
 
 
 # Opaque state, and files that only their vendor has.
@@ -7366,9 +7394,10 @@ def _renamed(prompt: Prompt, protocol: ApiProtocol) -> tuple[Prompt, dict[tuple[
         (p.namespace, p.name) for m in prompt.messages for p in m.content if isinstance(p, ToolCall)
     ]
     names: dict[tuple[str, str], str] = {}
-    taken = {name for space, name in given if not space and allowed.fullmatch(name)}
+    hosted = {tool.name for tool in prompt.tools if tool.kind == "hosted"}
+    taken = {name for space, name in given if not space and allowed.fullmatch(name)} | hosted
     for space, name in dict.fromkeys([*given, *called]):
-        if not space and allowed.fullmatch(name):
+        if not space and allowed.fullmatch(name) and name not in hosted:
             continue
         names[space, name] = wire = _legal(f"{space}__{name}" if space else name, allowed, taken)
         taken.add(wire)
@@ -7416,7 +7445,9 @@ def _with_possible_choice(
         losses.add("tools_filtered", "tool_choice", harmful=False)
         prompt = prompt._replace(tools=kept)
         choice = ToolChoice("required" if choice.must else "auto")
-    if choice.mode in ("required", "named") and not traits.forced_tools:
+    hosted = {tool.name for tool in prompt.tools if tool.kind == "hosted"}
+    unnamed = protocol is ApiProtocol.GENERATE_CONTENT and not hosted.isdisjoint(choice.names)
+    if choice.mode in ("required", "named") and (unnamed or not traits.forced_tools):
         losses.add("forced_tool_choice_unsupported", "tool_choice")
         choice = ToolChoice("auto")
     return prompt._replace(tool_choice=choice)
@@ -7489,13 +7520,16 @@ def _with_answer_tool(prompt: Prompt, schema: JsonObject) -> tuple[Prompt, Undo]
         inner = {k: v for k, v in schema.items() if k not in definitions}
         given = {"type": "object", "properties": {"value": inner}, "required": ["value"]}
         given |= definitions
-    tool = Tool(_ANSWER_TOOL, "Give the final answer.", given)
-    choice = ToolChoice("named", (_ANSWER_TOOL,))
+    name = _ANSWER_TOOL
+    while any(tool.name == name for tool in prompt.tools):
+        name += "_"
+    tool = Tool(name, "Give the final answer.", given)
+    choice = ToolChoice("named", (name,))
     if prompt.tools:
-        said = f"Give your final answer by calling {_ANSWER_TOOL}."
+        said = f"Give your final answer by calling {name}."
         prompt, choice = _with_instruction(prompt, said), ToolChoice("required")
     prompt = prompt._replace(tools=(*prompt.tools, tool), tool_choice=choice, output=None)
-    return prompt, Undo(answer_tool=_ANSWER_TOOL, wrapped=wrapped)
+    return prompt, Undo(answer_tool=name, wrapped=wrapped)
 
 
 def _with_instruction(prompt: Prompt, text: str) -> Prompt:
@@ -7617,6 +7651,7 @@ class Undoing:
         self._tails: dict[int, str] = {}  # text that may be the beginning of a stop sequence
         self._inputs: dict[int, _InputReader] = {}
         self._answers: dict[int, bool] = {}  # calls that are the answer -> whether it has begun
+        self._answered: set[int] = set()  # choices that have one
         self._asides: dict[int, list[StreamPart]] = {}  # texts that count if no answer comes
         self._choices: dict[int, int] = {}
         self._texts: set[int] = set()
@@ -7660,6 +7695,7 @@ class Undoing:
             return part
         if undo.answer_tool and block.name == undo.answer_tool:
             self._answers[part.key] = False
+            self._answered.add(part.choice)
             if undo.wrapped:
                 self._held[part.key] = []
             return Open(part.key, Text(), part.choice)
@@ -7721,8 +7757,9 @@ class Undoing:
     def _finish(self, part: Finished) -> list[StreamPart]:
         """wire: some servers say `stop` after calls; whoever called a tool of the caller's must say
         so, and whoever did not must not."""
-        asides = [] if self._answers else [one for held in self._asides.values() for one in held]
-        self._asides.clear()
+        mine = [key for key in self._asides if self._choices.get(key) == part.choice]
+        held = [one for key in mine for one in self._asides.pop(key)]
+        asides = [] if part.choice in self._answered else held
         if part.choice in self._stopped:
             stop = self._stopped[part.choice]
             part = part._replace(finish=Finish.STOP_SEQUENCE, stop_sequence=stop)
@@ -8938,7 +8975,7 @@ def _claude_traits(traits: Traits, bare: str, lab: str) -> Traits:
     no = set(refused.split())
     return traits._replace(
         thinking=thinking,
-        efforts=_CLAUDE_EFFORTS,
+        efforts=_CLAUDE_EFFORTS if thinking == "adaptive" else (),
         can_stop_thinking="stop" not in no,
         sampling="sampling" not in no,
         forced_tools="force" not in no,
