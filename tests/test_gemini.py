@@ -763,11 +763,10 @@ def pointed_at(grounding: Any, texts: list[str]) -> list[str]:
     return [r[s["startIndex"] : s["endIndex"]].decode() for r, s in zip(raw, segments, strict=True)]
 
 
-TWICE = pytest.mark.xfail(strict=True, reason="the place of a text is that of its first likeness")
-POINTED: list[Any] = [
+POINTED: list[tuple[tuple[Block, ...], str]] = [
     ((Reasoning("hm"), BLOCKS[1]), "Flut"),
     ((Text("one"), Text("two", (SOURCE,))), "two"),
-    pytest.param((Text("ab"), Text("c"), Text("ab", (SOURCE._replace(end=1),))), "a", marks=TWICE),
+    ((Text("ab"), Text("c"), Text("ab", (SOURCE._replace(end=1),))), "a"),
 ]
 
 
@@ -783,16 +782,7 @@ def test_a_source_points_at_its_part(blocks: tuple[Block, ...], words: str) -> N
     assert grounding["groundingChunks"][0]["web"]["uri"] == "https://tides.example/"
 
 
-IN_STREAMS: list[Any] = [
-    ((Reasoning("hm"), BLOCKS[1]), "Flut"),
-    pytest.param(
-        (Text("one"), Text("two", (SOURCE,))), "two",
-        marks=pytest.mark.xfail(strict=True, reason="texts before are not counted in a stream"),
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("blocks", "words"), IN_STREAMS)
+@pytest.mark.parametrize(("blocks", "words"), POINTED[:2])
 def test_a_source_in_a_stream_points_into_all_its_text(
     blocks: tuple[Block, ...], words: str
 ) -> None:

@@ -586,6 +586,9 @@ ASKED_FOR: list[tuple[Prompt, Traits, dict[str, Any]]] = [
     (turned(Message("assistant", (Text("a  \n"),))), Traits(),
      {"messages": [{"role": "user", "content": "."},
                    {"role": "assistant", "content": "a"}]}),
+    (turned(HI, Message("system", (Text("s"),)), Message("developer", (Text("d"),))), Traits(),
+     {"messages": [{"role": "user", "content": "hi"}, {"role": "system", "content": [
+         {"type": "text", "text": "s"}, {"type": "text", "text": "d"}]}]}),
     (turned(HI, HI), Traits(), {"messages": [{"role": "user", "content": [
         {"type": "text", "text": "hi"}, {"type": "text", "text": "hi"}]}]}),
     (asked(Media("image", file_id="f"), Media("document", "text/csv", "YSxi", name="a")), Traits(),

@@ -16,9 +16,11 @@ from bitrouter import (
     AnswerLabel,
     ApiProtocol,
     BadRequest,
+    BitrouterError,
     Block,
     Choice,
     Content,
+    ErrorFacts,
     Finish,
     Finished,
     Gatherer,
@@ -34,6 +36,9 @@ from bitrouter import (
     Tool,
     ToolCall,
     ToolResult,
+    Translation,
+    Undo,
+    UpstreamGarbled,
     Usage,
     count_in,
     effort_of,
@@ -177,9 +182,16 @@ def test_a_provider_s_word_is_understood_and_kept(
     assert (finished.finish, finished.raw) == (meaning, word)
 
 
-def test_a_missing_signature_is_no_orderly_stop() -> None:
+def test_a_missing_signature_is_the_fault_of_the_request() -> None:
+    def explain(_: ErrorFacts) -> BitrouterError:
+        return BitrouterError("not asked for")
+
     answer = finished_with(GC, "MISSING_THOUGHT_SIGNATURE")
-    assert read_finish(GC, answer).finish is not Finish.STOP
+    prompt = Prompt("m", ())
+    translation = Translation(CODECS[GC], CODECS[CC], prompt, Undo(), LABEL, "google", explain)
+    with pytest.raises(UpstreamGarbled) as caught:
+        translation.take_whole(answer)
+    assert caught.value.status == 400
 
 
 # --- how much to reason
@@ -255,6 +267,12 @@ URLS = {
 @pytest.mark.parametrize(("url", "media"), URLS.values(), ids=URLS)
 def test_media_are_read_from_a_url(url: str, media: Media) -> None:
     assert media_at("image", url, "where") == media
+
+
+def test_the_type_in_a_data_url_counts_more_than_one_beside_it() -> None:
+    media = media_at("document", "data:text/csv,a", "where", mime="text/html", name="n")
+    assert media == Media("document", "text/csv", "YQ==", name="n")
+    assert media_at("image", "https://x.example/a.png", "where", mime="image/x").mime == "image/x"
 
 
 @pytest.mark.parametrize("url", ["", None, 5, "data:image/png;base64"])

@@ -249,6 +249,17 @@ def test_nothing_comes_after_the_end(caller: ApiProtocol, upstream: ApiProtocol)
     assert translation.feed(stream) == b""
 
 
+@pytest.mark.parametrize("caller", [RE, ME, GC], ids=ident)
+def test_an_answer_of_nothing_has_an_end_too(caller: ApiProtocol) -> None:
+    told = json_of(between(caller, CC).whole_as_stream({"model": "m", "choices": []}))
+    ended = {
+        RE: lambda: told[-1]["response"]["status"],
+        ME: lambda: told[-2]["delta"]["stop_reason"],
+        GC: lambda: told[-1]["candidates"][0]["finishReason"],
+    }
+    assert ended[caller]() in ("completed", "end_turn", "STOP")
+
+
 # Errors.
 
 
@@ -461,6 +472,17 @@ def test_a_model_that_pauses_goes_on_where_it_was(caller: ApiProtocol, streams: 
     )
     assert translation.choices()[0].finished.finish is Finish.STOP
     assert translation.state.usage == Usage(20, 6) and answer
+
+
+def test_a_whole_answer_that_pauses_does_not_end_a_stream() -> None:
+    translation = between(CC, ME)
+    first = translation.whole_as_stream(a_turn("One, ", "pause_turn"))
+    assert translation.paused and b"[DONE]" not in first and not translation.over
+    translation.resume(ASKED)
+    second = translation.whole_as_stream(a_turn("two.", "end_turn"))
+    chunks = json_of(first + second)
+    told = [choice["delta"].get("content") for one in chunks for choice in one["choices"]]
+    assert "".join(filter(None, told)) == "One, two." and second.endswith(b"data: [DONE]\n\n")
 
 
 def test_a_request_to_go_on_leaves_the_first_one_alone() -> None:
