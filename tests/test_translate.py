@@ -358,6 +358,28 @@ def test_what_says_nothing_is_passed_over(odd: bytes) -> None:
     assert out and run(with_it, [odd + raw for raw in events]) == out
 
 
+@pytest.mark.xfail(strict=True, raises=AttributeError, reason="null is no list to add to")
+@pytest.mark.parametrize("cited", [None, {}, 7])
+def test_a_text_that_begins_with_no_citations_can_be_cited(cited: Any) -> None:
+    citation = {"type": "web_search_result_location", "url": "https://example.com", "title": "X"}
+    text = {"type": "text", "text": "", "citations": cited}
+    events = [
+        {"type": "content_block_start", "index": 0, "content_block": text},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Hi"}},
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "citations_delta", "citation": citation},
+        },
+        {"type": "content_block_stop", "index": 0},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+    ]
+    translation = between(CC, ME)
+    assert translation.feed(b"".join(event(one) for one in events))
+    [block] = translation.choices()[0].content
+    assert isinstance(block, Text) and [one.url for one in block.citations] == [citation["url"]]
+
+
 # Arrays.
 
 
