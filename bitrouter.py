@@ -2598,8 +2598,8 @@ def _chat_note(state: StreamState, chunk: JsonObject) -> None:
 
 
 def _chat_mend(state: StreamState, chunk: JsonObject) -> JsonObject | None:
-    """wire: some compatible servers leave out the role, or repeat role, id or name in each delta,
-    which SDKs add up; leave out a call's index, or give every call the same; say `stop` after
+    """wire: some compatible servers leave out the role of calls, or repeat role, id or name, which
+    SDKs add up; leave out a call's index, or give every call the same; say `stop` after
     calls; or send one more chunk after the usage, which makes SDKs forget it."""
     changed = False
     choices = as_list(chunk.get("choices"))
@@ -5672,7 +5672,8 @@ def _messages_keep(said: list[JsonObject], event: JsonObject) -> None:
     if name:
         block.setdefault(_MESSAGES_PIECES, {}).setdefault(name, []).append(str(delta.get(name)))
     elif delta.get("type") == "citations_delta":
-        block.setdefault("citations", []).append(delta.get("citation"))
+        block["citations"] = as_list(block.get("citations"))
+        block["citations"].append(delta.get("citation"))
     elif kind == "content_block_stop":
         for grown, pieces in block.pop(_MESSAGES_PIECES, {}).items():
             block[grown] = str(block.get(grown) or "") + "".join(pieces)
@@ -7416,6 +7417,8 @@ def _renamed(prompt: Prompt, protocol: ApiProtocol) -> tuple[Prompt, dict[tuple[
 
     tools = tuple(
         t._replace(name=names.get((t.namespace, t.name), t.name), namespace="")
+        if t.kind != "hosted"
+        else t
         for t in prompt.tools
     )
     choice = prompt.tool_choice
@@ -11337,11 +11340,21 @@ def _wants_bytes(media: Media, protocol: ApiProtocol, traits: Traits) -> bool:
 
 
 def is_public(address: str) -> bool:
+    """Whether an IP address is one of the public Internet, and any that stands in it too."""
     import ipaddress
 
     ip = ipaddress.ip_address(address.partition("%")[0])
-    mapped_ip = getattr(ip, "ipv4_mapped", None)
-    return bool((mapped_ip or ip).is_global and not ip.is_multicast)
+    inner: list[ipaddress.IPv4Address | None] = []
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
+        if int(ip) >> 32 in (0, _NAT64):  # IPv4-compatible (RFC 4291), translated (RFC 6052)
+            inner.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
+        if ip.ipv4_mapped or int(ip) >> 32 == _NAT64:
+            ip = ipaddress.IPv6Address("2600::")  # the one inside counts
+    return all(one is None or (one.is_global and not one.is_multicast) for one in (ip, *inner))
+
+
+_NAT64 = 0x0064FF9B << 64  # 64:ff9b::/96, without its last 32 bits
 
 
 def fetch_media(
@@ -11366,6 +11379,7 @@ def _fetch_once(
 ) -> tuple[int, Headers, bytes]:
     import http.client
     import ssl
+    import threading
 
     try:
         parts = urlsplit(url)
@@ -11381,37 +11395,53 @@ def _fetch_once(
             raise _unfetched(url, "it leads to an address that is not public", "blocked_url")
         left_s = max(0.1, until - time.monotonic())
         plain = socket.create_connection((addresses[0], parts.port or 443), left_s)
-        with ssl.create_default_context().wrap_socket(plain, server_hostname=parts.hostname) as tls:
-            connection = http.client.HTTPConnection(parts.hostname, parts.port or 443)
-            connection.sock = tls
-            path = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~") + (
-                f"?{parts.query}" if parts.query else ""
-            )
-            connection.request("GET", path, headers={"accept": "*/*", "user-agent": "bitrouter"})
-            response = connection.getresponse()
-            body = _read_until(response, tls, until, url, most)
-            headers = {name.lower(): value for name, value in response.getheaders()}
-            return response.status, headers, body
+        # A timeout of a socket begins anew with every byte; this one does not.
+        watch = threading.Timer(left_s, _hang_up, (sockets := [plain],))
+        watch.start()
+        try:
+            context = ssl.create_default_context()
+            with context.wrap_socket(plain, server_hostname=parts.hostname) as tls:
+                sockets.append(tls)
+                connection = http.client.HTTPConnection(parts.hostname, parts.port or 443)
+                connection.sock = tls
+                path = quote(parts.path or "/", safe=_IN_A_PATH)
+                query = f"?{quote(parts.query, safe=_IN_A_PATH + '?')}" if parts.query else ""
+                asking = {"accept": "*/*", "user-agent": "bitrouter"}
+                connection.request("GET", path + query, headers=asking)
+                with connection.getresponse() as response:
+                    headers = {name.lower(): value for name, value in response.getheaders()}
+                    try:
+                        return response.status, headers, _read_until(response, until, url, most)
+                    finally:
+                        _hang_up(sockets)
+        finally:
+            watch.cancel()
+            plain.close()
     except (OSError, ValueError, http.client.HTTPException) as exc:
         raise _unfetched(url, f"{exc.__class__.__name__}: {exc}") from None
 
 
-def _read_until(
-    response: http.client.HTTPResponse, tls: socket.socket, until: float, url: str, most: int
-) -> bytes:
+_IN_A_PATH = "/%:@!$&'()*+,;=~"
+
+
+def _hang_up(sockets: list[socket.socket]) -> None:
+    with suppress(OSError):
+        sockets[-1].shutdown(socket.SHUT_RDWR)
+
+
+def _read_until(response: http.client.HTTPResponse, until: float, url: str, most: int) -> bytes:
     pieces: list[bytes] = []
     size = 0
-    while True:
-        tls.settimeout(max(0.01, until - time.monotonic()))
-        piece = response.read1(64 * 1024)
-        if not piece:
-            return b"".join(pieces)
+    while piece := response.read1(64 * 1024):
         pieces.append(piece)
         size += len(piece)
         if size > most:
             raise _unfetched(url, f"there is more than {most >> 20} MB")
         if time.monotonic() > until:
             raise _unfetched(url, f"it takes more than {_FETCH_S:g} s")
+    if response.length or time.monotonic() > until:
+        raise _unfetched(url, "it breaks off")
+    return b"".join(pieces)
 
 
 def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadRequest:

@@ -496,7 +496,6 @@ def test_two_tools_of_one_name_are_nobody_s(protocol: ApiProtocol) -> None:
     assert refused.value.param == "tools"
 
 
-@pytest.mark.xfail(strict=True, reason="two tools go out under one name", raises=AssertionError)
 def test_a_function_that_is_called_like_a_hosted_tool_is_told_from_it() -> None:
     """Messages names both in one list."""
     prompt, _, _ = adapted(a_prompt(tools=(SEARCH, Tool(WEB_SEARCH))), ME)

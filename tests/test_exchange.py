@@ -125,6 +125,7 @@ async def test_another_vendor_s_state_is_withheld_and_all_else_is_kept(
     text = json.dumps(sent)
     assert "br1." not in text and STATE not in text and "bitrouter" not in text
     assert sent["foo"] == {"kept": [1]} and "YnIxL" not in text  # how an envelope begins in base64
+    assert client == "G" or sent["model"] == MODEL_OF[client]
     before, arrived = body[LIST_OF[client]], sent[LIST_OF[client]]
     assert (arrived[0], arrived[-1]) == (before[0], before[-1])
 
@@ -144,6 +145,21 @@ async def test_a_vendor_s_own_state_is_unsealed_for_it(
 ) -> None:
     _, sent = await two_turns(hop, provider, pair, model, model)
     assert json.dumps(sent).count(STATE) == 1 and sent["foo"] == {"kept": [1]}
+
+
+@pytest.mark.parametrize("way", ["MRC", "CMR", "RMG", "GMC", "CGM"])
+async def test_state_withheld_from_a_third_vendor_is_told(
+    hop: Any, provider: Any, way: str
+) -> None:
+    client, first, second = way[0], way[1], way[2]
+    async with provider(says(first, Thought("Hmm.", STATE), Call("f"))) as elsewhere:
+        toml = provider_toml(elsewhere, first, "elsewhere")
+        model = f"up/{MODEL_OF[second]}"
+        async with hop(client + second, says(second, "hi"), model=model, toml=toml) as h:
+            body = after(client, await h.ask(model=f"elsewhere/{MODEL_OF[first]}"))
+            forget(h)
+            assert "withheld;field=reasoning" in warned(await h.ask(body))
+            assert STATE not in str(h.sent) and "br1." not in str(h.sent)
 
 
 @pytest.mark.parametrize("client", PROTOCOLS)
@@ -1168,3 +1184,31 @@ async def test_a_caller_that_does_not_read_stalls_a_translation(gateway: Any) ->
             request = request_bytes("POST", path_of("M", ""), body, connection="close")
             await loop.sock_sendall(caller, request)
             assert await stalled(push) < 12_000_000  # with what the kernel holds
+
+
+# Files that only their vendor has.
+
+
+def shown_by_id(client: str) -> dict[str, Any]:
+    match client:
+        case "R":
+            part: dict[str, Any] = {"type": "input_image", "file_id": "file-1"}
+            return {"input": [{"role": "user", "content": [part]}]}
+        case "C":
+            part = {"type": "file", "file": {"file_id": "file-1"}}
+            return {"messages": [{"role": "user", "content": [part]}]}
+    part = {"type": "document", "source": {"type": "file", "file_id": "file-1"}}
+    return request_of("M") | {"messages": [{"role": "user", "content": [part]}]}
+
+
+@pytest.mark.parametrize("pair", ["RM", "RG", "RC", "CM", "CG", "MC", "MR", "MG"])
+async def test_a_file_that_only_its_vendor_has_is_refused(hop: Any, pair: str) -> None:
+    async with hop(pair, says(pair[1], "hi")) as h:
+        answer = await h.ask(shown_by_id(pair[0]))
+        assert answer.status == 400 and h.up.seen == []
+    assert "file" in answer.json()["error"]["message"]
+
+
+async def test_a_file_of_openai_s_is_known_to_both_of_its_protocols(hop: Any) -> None:
+    async with hop("CR", says("R", "hi"), model="openai/gpt-x", name="openai") as h:
+        assert (await h.ask(shown_by_id("C"))).status == 200 and "file-1" in str(h.sent)

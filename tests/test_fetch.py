@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import gc
 import socket
 import ssl
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 from support import FakeProvider, Reply, ask
-from test_acceptance import bug, crossed, heard, hops, provider_toml, request_of, says
+from test_acceptance import crossed, heard, hops, provider_toml, request_of, says
 
 import bitrouter
 from bitrouter import BadRequest, fetch_media, is_public
@@ -115,16 +116,7 @@ def test_a_public_address_may_be_connected_to(address: str) -> None:
     assert is_public(address)
 
 
-WRAPPED = {
-    "mapped multicast": "the address inside is not looked at",
-    "NAT64 loopback": "the address inside is not looked at",
-    "NAT64 class A": "the address inside is not looked at",
-    "6to4 loopback": "the address inside is not looked at",
-    "compatible loopback": "the address inside is not looked at",
-}
-
-
-@pytest.mark.parametrize("case", crossed(PRIVATE, broken=WRAPPED))
+@pytest.mark.parametrize("case", crossed(PRIVATE))
 def test_no_other_address_may(case: str) -> None:
     assert not is_public(PRIVATE[case])
 
@@ -225,10 +217,9 @@ TARGETS = {
     "escapes": ("/a%20b", "/a%20b"),
     "a fragment": ("/a#b", "/a"),
 }
-QUERY = {"letters in a query": "only the path is quoted"}
 
 
-@pytest.mark.parametrize("case", crossed(TARGETS, broken=QUERY))
+@pytest.mark.parametrize("case", crossed(TARGETS))
 async def test_a_path_arrives_as_it_was_meant(host: Any, case: str) -> None:
     given, arrives = TARGETS[case]
     async with host(image()) as site:
@@ -276,19 +267,14 @@ BROKEN_OFF: dict[str, Callable[[str], Reply]] = {
     "chunks": lambda how: Reply(chunks=(PNG, None), framing="chunked", ending=how),
     "length": lambda how: Reply(chunks=(PNG, None), framing="x", headers=TOO_SHORT, ending=how),
 }
-SHORT = dict.fromkeys(["length-cut", "length-reset"], "read1() takes any end for the end")
 
 
-@pytest.mark.parametrize(("case", "ending"), crossed(BROKEN_OFF, ["cut", "reset"], broken=SHORT))
+@pytest.mark.parametrize(("case", "ending"), crossed(BROKEN_OFF, ["cut", "reset"]))
 async def test_media_that_break_off_are_none(host: Any, case: str, ending: str) -> None:
     async with host(BROKEN_OFF[case](ending)) as site:
         assert (await refused(site.url)).code == "media_not_fetched"
 
 
-LEAK = bug("the response is not closed, and keeps its socket for as long as the error lives")
-
-
-@LEAK
 @pytest.mark.parametrize("framing", ["length", "chunked", "close"])
 async def test_media_have_a_bound(host: Any, framing: str) -> None:
     async with host(Reply(chunks=(bytes(1000),), framing=framing)) as site:
@@ -314,12 +300,12 @@ async def in_time(url: str, seconds: float) -> BadRequest:
         await asyncio.to_thread(once, url, here, until, 10_000)
     late_s, error = time.monotonic() - until, told.value
     if late_s > 0.3:
-        del told, error  # a failure must not keep the socket open into the next test
+        del told, error
+        gc.collect()  # a failure must not keep the socket open into the next test
     assert late_s < 0.3
     return error
 
 
-@LEAK
 async def test_media_that_trickle_are_given_up(host: Any) -> None:
     trickle: tuple[bytes | None, ...] = (b"x", None) * 100
     async with host(Reply(chunks=trickle, framing="chunked", gap_s=0.01)) as site:
@@ -338,7 +324,6 @@ STUCK = {
 }
 
 
-@LEAK
 @pytest.mark.parametrize("case", STUCK)
 async def test_who_is_given_up_in_the_body_is_hung_up_on(host: Any, case: str) -> None:
     async with host(STUCK[case]) as site:
@@ -346,10 +331,10 @@ async def test_who_is_given_up_in_the_body_is_hung_up_on(host: Any, case: str) -
         for _ in range(20):
             await asyncio.sleep(0.01)
         hung_up, code = site.fake.hung_up.is_set(), kept.pop().code
+        gc.collect()  # nor must this one
     assert (hung_up, code) == (True, "media_not_fetched")
 
 
-@bug("each byte of the head starts the clock anew")
 async def test_a_head_that_trickles_is_given_up(monkeypatch: pytest.MonkeyPatch, host: Any) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
