@@ -8,8 +8,11 @@ A request's journey, with the section that does each step:
     read         pipeline   content type; the body as a Document: JSON that keeps its bytes
     route        routing    model id -> chain of Targets, first choice first
     order        health     accounts take turns; targets that cool down go last
-    attempt      attempts   for each Target: put in model and key, send; fall back if nothing is out
+    attempt      attempts   for each Target in turn, until one answers
+    ask          exchange   the caller's bytes, with model and key put in; in another protocol the
+                            codec's Prompt, fitted by adapt and written anew by the target's codec
     watch        relay      pass the events on; the codec notes usage, finish and errors
+    or turn      translate  the target's events into StreamParts, and those into the caller's events
     bytes out    callers    the answer, or events as they come, with back-pressure
     book         pipeline   one log line: who, what, where, how long, how many tokens, how much
 
