@@ -1921,6 +1921,16 @@ def media_at(kind: str, url: Json, where: str, **more: Any) -> Media:
     return media_of_bytes(kind, mime or "text/plain", data, where, **more)
 
 
+def openai_file(file: JsonObject, data: Json, where: str, cache: str) -> Media:
+    """A file as OpenAI's two protocols spell it. data: a URL, or bare base64."""
+    name = str(file.get("filename") or "")
+    if isinstance(file.get("file_id"), str):
+        return Media("document", file_id=file["file_id"], vendor="openai", name=name, cache=cache)
+    if isinstance(data, str) and not data.startswith(("data:", "http:", "https:")):
+        data = f"data:{mime_of_path('file://x/' + name) or 'application/pdf'};base64,{data}"
+    return media_at("document", data, f"{where}.file_data", name=name, cache=cache)
+
+
 def mime_of_path(url: str) -> str:
     with suppress(ValueError):  # what is no URL has no suffix either
         suffix = urlsplit(url).path.rpartition(".")[2].lower() if "://" in url else ""
@@ -2855,9 +2865,8 @@ def _chat_part(part: JsonObject, where: str) -> Content | None:
             mime = f"audio/{audio.get('format') or 'wav'}"
             return media_of_bytes("audio", mime, audio.get("data"), f"{where}.input_audio.data")
         case "file":
-            return _chat_file(
-                typed(part.get("file"), dict, f"{where}.file"), f"{where}.file", cache
-            )
+            file = typed(part.get("file"), dict, f"{where}.file")
+            return openai_file(file, file.get("file_data"), f"{where}.file", cache)
         case "thinking":  # wire: Mistral's reasoning models; docs.mistral.ai, read 2026-11
             return None
     raise BadRequest(
@@ -2865,16 +2874,6 @@ def _chat_part(part: JsonObject, where: str) -> Content | None:
         f"got {show_json(part.get('type'))}",
         param=f"{where}.type",
     )
-
-
-def _chat_file(file: JsonObject, where: str, cache: str) -> Media:
-    name = str(file.get("filename") or "")
-    if isinstance(file.get("file_id"), str):
-        return Media("document", file_id=file["file_id"], vendor="openai", name=name, cache=cache)
-    data = file.get("file_data")
-    if isinstance(data, str) and not data.startswith(("data:", "http:", "https:")):
-        data = f"data:{mime_of_path('file://x/' + name) or 'application/pdf'};base64,{data}"
-    return media_at("document", data, f"{where}.file_data", name=name, cache=cache)
 
 
 def _chat_calls(message: JsonObject, where: str, vendor: str = "chat:?") -> Iterator[ToolCall]:
@@ -3997,7 +3996,8 @@ def _responses_part(part: JsonObject, where: str) -> Content:
             url = part.get("image_url")
             return media_at("image", url, f"{where}.image_url", detail=detail, cache=cache)
         case "input_file":
-            return _responses_file(part, where, cache)
+            data = part.get("file_data") or part.get("file_url")
+            return openai_file(part, data, where, cache)
         case "input_audio":
             audio = typed(part.get("input_audio"), dict, f"{where}.input_audio")
             mime = f"audio/{audio.get('format') or 'wav'}"
@@ -4007,16 +4007,6 @@ def _responses_part(part: JsonObject, where: str) -> Content:
         f"got {show_json(part.get('type'))}",
         param=f"{where}.type",
     )
-
-
-def _responses_file(part: JsonObject, where: str, cache: str) -> Media:
-    name = str(part.get("filename") or "")
-    if isinstance(part.get("file_id"), str):
-        return Media("document", file_id=part["file_id"], vendor="openai", name=name, cache=cache)
-    data = part.get("file_data") or part.get("file_url")
-    if isinstance(data, str) and not data.startswith(("data:", "http:", "https:")):
-        data = f"data:{mime_of_path('file://x/' + name) or 'application/pdf'};base64,{data}"
-    return media_at("document", data, f"{where}.file_data", name=name, cache=cache)
 
 
 # A request for a provider, written.
@@ -7852,6 +7842,24 @@ class _InputReader:
 MAX_HELD_BYTES = 4 * 1024 * 1024
 
 
+class ArrayFramer:
+    """Events -> the items of one JSON array, for Google's callers who want that."""
+
+    def __init__(self) -> None:
+        self._items = 0
+
+    def feed(self, events: bytes) -> bytes:
+        parsed = (parse_event(raw) for raw in split_events(events))
+        return b"".join([self.item(event.data) for event in parsed if event])
+
+    def item(self, data: bytes) -> bytes:
+        self._items += 1
+        return (b"[" if self._items == 1 else b",\r\n") + data
+
+    def end(self) -> bytes:
+        return b"]" if self._items else b"[]"
+
+
 class StreamRelay:
     """One stream of one protocol, watched in passing.
 
@@ -7873,8 +7881,7 @@ class StreamRelay:
         self.over = False
         self._codec = codec
         self._hide_usage = hide_usage
-        self._as_array = as_array
-        self._items = 0
+        self._framer = ArrayFramer() if as_array else None
         self._cutter = EventCutter()
         self._held: list[bytes] = []
         self._held_bytes = 0
@@ -7895,14 +7902,15 @@ class StreamRelay:
         out = self._take(rest) if rest else b""
         self.settle()
         if self.state.finished and not self.over:
-            out += self._codec.end_mark + self._array_end()
+            out += self._codec.end_mark + (self._framer.end() if self._framer else b"")
         return out
 
     def fail(self, error: BitrouterError) -> bytes:
         """The protocol's own way to end a stream that went wrong."""
         self.settle()
-        if self._as_array:
-            return self._item(compact(self._codec.render_error(error))) + self._array_end()
+        if self._framer:
+            told = compact(self._codec.render_error(error))
+            return self._framer.item(told) + self._framer.end()
         return self._codec.fail_stream(error, self.state, self._last)
 
     def settle(self) -> None:
@@ -7934,7 +7942,7 @@ class StreamRelay:
         if self.over:
             return b""
         codec = self._codec
-        if not self._as_array and codec.dull(block) and codec.strict(block):
+        if not self._framer and codec.dull(block) and codec.strict(block):
             self._last = block
             return self._without_null_usage(block) if self._hide_usage else block
         half = len(block) // 2
@@ -7956,9 +7964,9 @@ class StreamRelay:
         if event is None:
             comment = raw.startswith(b":") and self._codec.comments
             return raw if comment and raw.count(b"\n") == 2 else b""
-        if self._as_array:
-            item = self._item(event.data) if value is not None else b""
-            return item + self._array_end() if self.over else item
+        if self._framer:
+            item = self._framer.item(event.data) if value is not None else b""
+            return item + self._framer.end() if self.over else item
         if self._hide_usage and value and value.get("usage") and not value.get("choices"):
             return b""
         out = self._in_form(raw, event, value)
@@ -7996,15 +8004,6 @@ class StreamRelay:
             return block
         return block.replace(b',"usage":null', b"").replace(b', "usage": null', b"")
 
-    def _item(self, data: bytes) -> bytes:
-        self._items += 1
-        return (b"[" if self._items == 1 else b",\r\n") + data
-
-    def _array_end(self) -> bytes:
-        if not self._as_array:
-            return b""
-        return b"]" if self._items else b"[]"
-
 
 # ---------------------------------------------------------------------------------------------
 # 16. translate: an answer from one protocol to another (pure)
@@ -8016,24 +8015,6 @@ class StreamRelay:
 
 _MAX_PAUSES = 5
 _MAX_CHOICES = 128  # as many as OpenAI makes
-
-
-class ArrayFramer:
-    """Events -> the items of one JSON array, for Google's callers who want that."""
-
-    def __init__(self) -> None:
-        self._items = 0
-
-    def feed(self, events: bytes) -> bytes:
-        items = []
-        for raw in split_events(events):
-            if event := parse_event(raw):
-                items.append((b",\r\n" if self._items else b"[") + event.data)
-                self._items += 1
-        return b"".join(items)
-
-    def end(self) -> bytes:
-        return b"]" if self._items else b"[]"
 
 
 class Translation:
