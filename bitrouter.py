@@ -78,6 +78,7 @@ import os
 import random
 import re
 import socket
+import struct
 import sys
 import time
 import zlib
@@ -1226,6 +1227,13 @@ class Thinking(NamedTuple):
     visible: bool | None = None
 
 
+class Voice(NamedTuple):
+    """How a spoken answer should sound. form: wav, pcm16 and so on, as OpenAI calls them."""
+
+    name: str = ""
+    form: str = "pcm16"
+
+
 class Sampling(NamedTuple):
     """logprobs: None for none, else how many alternatives per token."""
 
@@ -1248,6 +1256,7 @@ class Prompt(NamedTuple):
         wants_usage: the caller wants it in a stream (Chat Completions asks).
         cache: time to live of a cache mark on the whole prompt.
         legacy_functions: the caller speaks of functions rather than of tools.
+        makes: what the answer may be made of, where it is more than text: text, image, audio.
         extra: fields that have no neutral form, as the caller spelt them.
     """
 
@@ -1271,6 +1280,8 @@ class Prompt(NamedTuple):
     metadata: JsonObject | None = None
     store: bool | None = None
     legacy_functions: bool = False
+    makes: tuple[str, ...] = ()
+    voice: Voice | None = None
     extra: JsonObject = {}  # noqa: RUF012  a NamedTuple's default, never changed
 
 
@@ -1297,6 +1308,8 @@ class Traits(NamedTuple):
         fetches_urls: it gets media by URL itself.
         many: it makes several choices in one answer.
         echoes_reasoning: it wants its plain reasoning back.
+        breakpoints: it takes marks of what to keep in its prompt cache (OpenAI's protocols).
+        draws: it is known to make images.
     """
 
     vendor: str = ""
@@ -1318,6 +1331,8 @@ class Traits(NamedTuple):
     fetches_urls: bool = True
     many: bool = True
     echoes_reasoning: bool = False
+    breakpoints: bool = False
+    draws: bool = False
 
 
 # What a model answers.
@@ -1942,6 +1957,24 @@ def data_url(media: Media) -> str:
     return f"data:{media.mime or 'application/octet-stream'};base64,{media.data}"
 
 
+# wire: ai.google.dev/gemini-api/docs/speech-generation and OpenAI's pcm16, read 2026-11: both are
+# 24 kHz, mono, 16 bits, the low byte first
+PCM = "audio/L16;codec=pcm;rate=24000"
+
+
+def as_wav(media: Media) -> Media:
+    """A recording of bare samples as a file that says what it is."""
+    samples = from_base64(media.data)
+    rate = int(found[1]) if (found := re.search(r"rate=(\d{4,6})", media.mime)) else 24_000
+    chunks = (
+        (b"WAVEfmt ", 16, struct.pack("<HHIIHH", 1, 1, rate, 2 * rate, 2, 16)),
+        (b"data", len(samples), samples),
+    )
+    told = b"".join(name + struct.pack("<I", size) + content for name, size, content in chunks)
+    file = b"RIFF" + struct.pack("<I", len(told)) + told
+    return media._replace(mime="audio/wav", data=base64.b64encode(file).decode())
+
+
 def kind_of_mime(mime: str) -> str:
     first = mime.partition("/")[0]
     return first if first in ("image", "audio", "video") else "document"
@@ -1954,6 +1987,12 @@ def text_in(media: Media) -> str | None:
     with suppress(ValueError):
         return from_base64(media.data).decode("utf-8", "replace")
     return None
+
+
+def made_of(modalities: Json, where: str) -> tuple[str, ...]:
+    """What an answer may be made of, where a request says so and it is not just text."""
+    found = tuple(one.lower() for one in strings_in(modalities, where))
+    return () if set(found) <= {"text"} else found
 
 
 # Reading requests. `where` is the place of a value, such as messages[2].content[0].
@@ -2136,6 +2175,9 @@ def with_named_results(messages: tuple[Message, ...]) -> tuple[Message, ...]:
         done.append(message._replace(content=tuple(content)))
     return tuple(done)
 
+
+# wire: platform.openai.com/docs/guides/prompt-caching, read 2026-11; the one time to live there is
+OPENAI_BREAKPOINT: JsonObject = {"prompt_cache_breakpoint": {"mode": "explicit", "ttl": "30m"}}
 
 # How a hosted web search is asked for, where it is.
 WEB_SEARCH = "web_search"
@@ -2679,7 +2721,7 @@ _CHAT_KNOWN = frozenset({
     "logit_bias", "logprobs", "top_logprobs", "tools", "tool_choice", "parallel_tool_calls",
     "functions", "function_call", "response_format", "verbosity", "reasoning_effort", "reasoning",
     "service_tier", "user", "safety_identifier", "prompt_cache_key", "metadata", "store",
-    "web_search_options",
+    "web_search_options", "modalities", "audio",
 })  # fmt: skip
 
 
@@ -2710,6 +2752,8 @@ def _chat_parse_request(body: JsonObject) -> Prompt:
         metadata=maybe(body, "metadata", dict),
         store=maybe(body, "store", bool),
         legacy_functions=bool(body.get("functions")) and not body.get("tools"),
+        makes=made_of(body.get("modalities"), "modalities"),
+        voice=_chat_voice(maybe(body, "audio", dict)),
         extra=the_rest(body, _CHAT_KNOWN),
     )
 
@@ -2728,6 +2772,14 @@ def _chat_sampling(body: JsonObject) -> Sampling:
         n=count_in(body, "n") or 1,
         logprobs=count_in(body, "top_logprobs") or 0 if wants_logprobs else None,
     )
+
+
+def _chat_voice(audio: JsonObject | None) -> Voice | None:
+    if audio is None:
+        return None
+    name, form = audio.get("voice"), audio.get("format")
+    name = dig(name, "id") if isinstance(name, dict) else name
+    return Voice(str(name or ""), typed(form, str, "audio.format"))
 
 
 def _chat_thinking(body: JsonObject) -> Thinking:
@@ -2829,6 +2881,11 @@ def _chat_message(message: JsonObject, where: str) -> Message:
         results = tuple(part for part in content if isinstance(part, Text | Media))
         return Message("user", (ToolResult(call_id, results, name=name or ""),))
     if role == "assistant":
+        if message.get("audio") and not content:
+            raise BadRequest(
+                f"{where}.audio: what was said is not kept here; send its transcript as `content`",
+                param=f"{where}.audio",
+            )
         content = (*_chat_reasoning(message), *content, *_chat_calls(message, where))
         if isinstance(message.get("refusal"), str) and message["refusal"]:
             content = (*content, Refusal(message["refusal"]))
@@ -3057,9 +3114,19 @@ def _chat_render_request(prompt: Prompt, traits: Traits, losses: Losses) -> Json
         "prompt_cache_key": prompt.cache_key or None,
         "metadata": prompt.metadata,
         "store": prompt.store,
+        "modalities": list(prompt.makes) or None,
+        "audio": _chat_render_voice(prompt.voice) if "audio" in prompt.makes else None,
         **(prompt.extra if same else {}),
     }
     return no_nulls(body)
+
+
+def _chat_render_voice(voice: Voice | None) -> JsonObject:
+    voice = voice or Voice()
+    return {"voice": voice.name or _CHAT_VOICE, "format": voice.form}
+
+
+_CHAT_VOICE = "alloy"
 
 
 def _chat_render_tool(tool: Tool, losses: Losses) -> JsonObject:
@@ -3131,7 +3198,9 @@ def _chat_render_messages(prompt: Prompt, traits: Traits) -> list[JsonObject]:
             rendered += _chat_render_assistant(message, traits)
         else:
             role = message.role if traits.developer_role else "system"
-            text = joined_text(message.content)
+            text: Json = joined_text(message.content)
+            if any(isinstance(part, Text) and part.cache for part in message.content):
+                text = [_chat_render_part(p) for p in message.content if isinstance(p, Text)]
             rendered.append(_chat_named(role, text, message.name))
     if shown:
         rendered.append({"role": "user", "content": shown})
@@ -3139,7 +3208,7 @@ def _chat_render_messages(prompt: Prompt, traits: Traits) -> list[JsonObject]:
 
 
 def _chat_named(role: str, content: Json, name: str) -> JsonObject:
-    if isinstance(content, list) and len(content) == 1 and content[0].get("type") == "text":
+    if isinstance(content, list) and len(content) == 1 and {*content[0]} == {"type", "text"}:
         content = content[0]["text"]
     return {"role": role, "content": content, **({"name": name} if name else {})}
 
@@ -3163,10 +3232,17 @@ def _chat_result(result: ToolResult, shown: list[JsonObject]) -> JsonObject:
     text = "\n".join(texts)
     if result.is_error:
         text = f"Error: {text}"
-    return {"role": "tool", "tool_call_id": result.call_id, "content": text}
+    told = [_chat_render_part(Text(text, cache=result.cache))] if result.cache else text
+    return {"role": "tool", "tool_call_id": result.call_id, "content": told}
 
 
 def _chat_render_part(part: Text | Media) -> JsonObject:
+    """A part; what is marked to be cached says so."""
+    rendered = _chat_render_plain_part(part)
+    return {**rendered, **OPENAI_BREAKPOINT} if part.cache else rendered
+
+
+def _chat_render_plain_part(part: Text | Media) -> JsonObject:
     if isinstance(part, Text):
         return {"type": "text", "text": part.text}
     where = part.url or (data_url(part) if part.data else "")
@@ -3218,7 +3294,7 @@ def _chat_render_response(
     usage: Usage,
     losses: Losses,  # noqa: ARG001  nothing is lost
 ) -> JsonObject:
-    rendered = [_chat_render_answer(prompt, choice) for choice in choices]
+    rendered = [_chat_render_answer(prompt, label, choice) for choice in choices]
     return {
         "id": f"chatcmpl-{label.id}",
         "object": "chat.completion",
@@ -3229,7 +3305,7 @@ def _chat_render_response(
     }
 
 
-def _chat_render_answer(prompt: Prompt, choice: Choice) -> JsonObject:
+def _chat_render_answer(prompt: Prompt, label: AnswerLabel, choice: Choice) -> JsonObject:
     message: JsonObject = {"role": "assistant", "content": None, "refusal": None}
     texts = [part for part in choice.content if isinstance(part, Text)]
     message["content"] = "".join(part.text for part in texts) or None
@@ -3244,15 +3320,17 @@ def _chat_render_answer(prompt: Prompt, choice: Choice) -> JsonObject:
         message["reasoning_content"] = reasoning
     details: list[JsonObject] = []
     images: list[JsonObject] = []
+    spoken = [p for p in choice.content if isinstance(p, Media) and p.kind == "audio"]
     for part in choice.content:
         if isinstance(part, Reasoning):
             details += _chat_details(part, len(details))
-        elif isinstance(part, Media):
+        elif isinstance(part, Media) and part.kind != "audio":
             images.append({"type": "image_url", "image_url": {"url": data_url(part)}})
     more = {
         "reasoning_details": details,
         "images": images,
         "annotations": _chat_annotations(texts),
+        "audio": _chat_audio(prompt, label, spoken) if spoken else None,
     }
     message |= {key: value for key, value in more.items() if value}
     logprobs = [one for part in texts for one in part.logprobs]
@@ -3263,6 +3341,20 @@ def _chat_render_answer(prompt: Prompt, choice: Choice) -> JsonObject:
         "finish_reason": finish,
         **_chat_native_finish(choice.finished),
     }
+
+
+_CHAT_AUDIO_KEPT_S = 3600
+
+
+def _chat_audio(prompt: Prompt, label: AnswerLabel, spoken: list[Media]) -> JsonObject:
+    """What was said, in one piece, in the form that the caller asked for. The id is one that
+    nobody can look up: what was said is not kept."""
+    samples = b"".join(from_base64(one.data) for one in spoken)
+    whole_of_it = spoken[0]._replace(data=base64.b64encode(samples).decode())
+    if prompt.voice and prompt.voice.form == "wav" and whole_of_it.mime.startswith("audio/L16"):
+        whole_of_it = as_wav(whole_of_it)
+    facts = {"id": f"audio_{label.id}", "data": whole_of_it.data, "transcript": ""}
+    return {**facts, "expires_at": label.created + _CHAT_AUDIO_KEPT_S}
 
 
 def _chat_annotations(texts: list[Text]) -> list[JsonObject]:
@@ -3327,6 +3419,7 @@ class _ChatEncoder:
             "model": label.model,
         }
         self._prompt = prompt
+        self._label = label
         self._head = head
         self._usage = {"usage": None} if prompt.wants_usage else {}
         # key -> block, choice, and a call's index or the characters of text before a text
@@ -3396,6 +3489,9 @@ class _ChatEncoder:
         self._blocks[part.key] = (block, choice, index)
         if isinstance(block, Reasoning):
             self._grown[part.key] = []
+        if isinstance(block, Media) and block.kind == "audio":
+            audio = {"id": f"audio_{self._label.id}", "data": block.data}
+            return self._chunk(choice, {"audio": audio})
         if isinstance(block, Media):
             at = self._next_in(choice, "images")
             image = {"index": at, "type": "image_url", "image_url": {"url": data_url(block)}}
@@ -3526,6 +3622,12 @@ class _ChatDecoder:
             self._call(out, choice, {"index": 0, "function": legacy})
         for image in as_list(delta.get("images")):
             out += self._image(choice, image)
+        transcript, samples = (dig(delta, "audio", name) for name in ("transcript", "data"))
+        if isinstance(transcript, str) and transcript:
+            out += self._grow(choice, "text", Text(), transcript)
+        if isinstance(samples, str) and samples:
+            out += self._close_all(choice, calls_too=False)
+            out += parts_of(Media("audio", PCM, samples), next(self._keys), choice)
 
     def _reasoning(self, out: list[StreamPart], choice: int, delta: JsonObject) -> None:
         reasoning = delta.get("reasoning_content") or delta.get("reasoning")
@@ -3630,6 +3732,11 @@ def _chat_answer_blocks(message: JsonObject, vendor: str, logprobs: Json) -> Ite
     for image in as_list(message.get("images")):
         if isinstance(dig(image, "image_url", "url"), str):
             yield media_at("image", image["image_url"]["url"], "images")
+    transcript, samples = (dig(message, "audio", name) for name in ("transcript", "data"))
+    if isinstance(transcript, str) and transcript:
+        yield Text(transcript)
+    if isinstance(samples, str) and samples:
+        yield Media("audio", PCM, samples)
     yield from _chat_calls(_chat_with_ids(message), "message", vendor)
 
 
@@ -4019,6 +4126,8 @@ def _responses_render_request(prompt: Prompt, traits: Traits, losses: Losses) ->
     messages = list(prompt.messages)
     instructions = []
     while prompt.source not in _OPENAI_PROTOCOLS and messages and messages[0].role == "system":
+        if any(isinstance(part, Text) and part.cache for part in messages[0].content):
+            break  # a string has no place for a mark
         instructions.append(joined_text(messages.pop(0).content))
     tools = [_responses_render_tool(tool, losses) for tool in prompt.tools]
     logprobs = prompt.sampling.logprobs
@@ -4120,7 +4229,7 @@ def _responses_items(message: Message, traits: Traits) -> list[JsonObject]:
     if not message.content and message.role == "user":
         plain.append({"type": "input_text", "text": ""})
     if plain:
-        alone = len(plain) == 1 and plain[0]["type"] == "input_text"
+        alone = len(plain) == 1 and {*plain[0]} == {"type", "text"}
         role = message.role
         if role == "developer" and not traits.developer_role:
             role = "system"
@@ -4132,13 +4241,21 @@ def _responses_output_of(result: ToolResult) -> Json:
     parts = [_responses_render_part(part) for part in result.content]
     if result.is_error:
         parts.insert(0, {"type": "input_text", "text": "Error: "})
-    if all(part["type"] == "input_text" for part in parts):
+    if parts and result.cache:
+        parts[-1] |= OPENAI_BREAKPOINT
+    if all({*part} == {"type", "text"} for part in parts):
         between = "" if result.is_error else "\n"
         return between.join(part["text"] for part in parts)
     return parts
 
 
 def _responses_render_part(part: Text | Media) -> JsonObject:
+    """A part; what is marked to be cached says so."""
+    rendered = _responses_render_plain_part(part)
+    return {**rendered, **OPENAI_BREAKPOINT} if part.cache else rendered
+
+
+def _responses_render_plain_part(part: Text | Media) -> JsonObject:
     if isinstance(part, Text):
         return {"type": "input_text", "text": part.text}
     where = part.url or (data_url(part) if part.data else "")
@@ -5859,6 +5976,7 @@ _GEMINI_SETTINGS = frozenset({
     "maxOutputTokens", "temperature", "topP", "topK", "stopSequences", "candidateCount", "seed",
     "presencePenalty", "frequencyPenalty", "responseLogprobs", "logprobs", "responseMimeType",
     "responseSchema", "responseJsonSchema", "thinkingConfig", "responseModalities",
+    "speechConfig",
 })  # fmt: skip
 # What these hold has names of the caller's own.
 _GEMINI_FREE = {
@@ -5902,8 +6020,10 @@ def _gemini_parse_request(raw: JsonObject) -> Prompt:
     settings = maybe(body, "generationConfig", dict) or {}
     asked = as_object(raw.get("generationConfig", raw.get("generation_config")))
     extra = _gemini_rest(raw, _GEMINI_KNOWN) | _gemini_rest(asked, _GEMINI_SETTINGS)
-    if (modalities := settings.get("responseModalities")) and modalities != ["TEXT"]:
-        extra["responseModalities"] = modalities
+    speech = maybe(settings, "speechConfig", dict)
+    voice = str(dig(speech, *_GEMINI_VOICE) or "")
+    if speech and speech != _gemini_speech(voice):  # several voices, or a language
+        extra["speechConfig"] = speech
     return Prompt(
         model=str(body.get("model") or ""),
         messages=tuple(messages),
@@ -5916,8 +6036,17 @@ def _gemini_parse_request(raw: JsonObject) -> Prompt:
         thinking=_gemini_thinking(as_object(settings.get("thinkingConfig"))),
         tier=_GEMINI_READ_TIERS.get(tier := str(body.get("serviceTier") or "").lower(), tier),
         metadata=maybe(body, "labels", dict),
+        makes=made_of(settings.get("responseModalities"), "generationConfig.responseModalities"),
+        voice=Voice(voice) if voice else None,
         extra=extra,
     )
+
+
+_GEMINI_VOICE = ("voiceConfig", "prebuiltVoiceConfig", "voiceName")
+
+
+def _gemini_speech(voice: str) -> JsonObject:
+    return {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": voice}}}
 
 
 def _gemini_rest(fields: JsonObject, known: frozenset[str]) -> JsonObject:
@@ -6210,7 +6339,10 @@ def _gemini_render_settings(prompt: Prompt, traits: Traits) -> JsonObject:
         "logprobs": sampling.logprobs or None,
         "thinkingConfig": _gemini_render_thinking(prompt.thinking, traits) or None,
         "mediaResolution": _gemini_resolution(prompt),
+        "responseModalities": [kind.upper() for kind in prompt.makes] or None,
     }
+    if "audio" in prompt.makes and prompt.voice and prompt.voice.name:
+        settings["speechConfig"] = _gemini_speech(prompt.voice.name)
     if output:
         settings["responseMimeType"] = "application/json"
     if output and output.schema is not None:
@@ -7121,7 +7253,7 @@ _CARRIED_BY = {protocol: n for n, protocol in enumerate(ApiProtocol)}
 # Fields without a neutral form, in small letters, by what their loss would mean. All others are
 # dropped with a warning.
 _ONLY_THERE = {
-    "background", "conversation", "prompt", "cachedcontent", "container", "mcpservers", "audio",
+    "background", "conversation", "prompt", "cachedcontent", "container", "mcpservers",
     "speechconfig", "continuationtoken",
 }  # fmt: skip
 _OF_NO_MATTER_AT = {(ApiProtocol.CHAT_COMPLETIONS, "safetysettings")}
@@ -7148,6 +7280,7 @@ def adapt(
     BadRequest for what nobody could take."""
     prompt = _without_lost_fields(prompt, protocol, losses)
     prompt = _within_limits(prompt, protocol, traits, losses)
+    prompt = _with_output_kinds(prompt, protocol, traits, losses)
     prompt = _withheld(prompt, traits, losses)
     prompt = _with_own_files(prompt, protocol, traits)
     if protocol is not ApiProtocol.GENERATE_CONTENT:
@@ -7165,8 +7298,7 @@ def adapt(
         asked = Message("user", (Text("Continue."),))
         prompt = prompt._replace(messages=(*prompt.messages, asked))
     prompt = _with_fitting_ids(prompt, protocol, traits)
-    if protocol is ApiProtocol.MESSAGES:
-        prompt = _with_few_marks(prompt, losses)
+    prompt = _with_fitting_marks(prompt, protocol, traits, losses)
     most = _MAX_STOPS[protocol] if traits.stops else 0
     # wire: Messages refuses blank ones; they go last, and past the bound
     blank = [s for s in prompt.sampling.stop if not s.strip()]
@@ -7203,17 +7335,11 @@ def _without_lost_fields(prompt: Prompt, protocol: ApiProtocol, losses: Losses) 
 def _judge_extra(prompt: Prompt, protocol: ApiProtocol, losses: Losses) -> None:
     for name, value in prompt.extra.items():
         plain = name.replace("_", "").lower()
-        if plain in ("modalities", "responsemodalities"):
-            others = {str(one).lower() for one in as_list(value)} - {"text"}
-            if "audio" in others:
-                raise _no_counterpart(name, "audio output")
-            if others:
-                losses.add("dropped", name)
-        elif value in (False, [], {}, ""):
+        if value in (False, [], {}, ""):
             continue  # it asks for nothing
-        elif plain in _ONLY_THERE:
+        if plain in _ONLY_THERE:
             raise _no_counterpart(name, f"`{name}`")
-        elif plain not in _OF_NO_MATTER and (protocol, plain) not in _OF_NO_MATTER_AT:
+        if plain not in _OF_NO_MATTER and (protocol, plain) not in _OF_NO_MATTER_AT:
             losses.add("dropped", printable(name, 64))
 
 
@@ -7251,6 +7377,74 @@ def _within_limits(prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses
 
 # Where reasoning is turned off in another way than by a level of effort.
 _STOPPED_OTHERWISE = (ApiProtocol.MESSAGES, ApiProtocol.GENERATE_CONTENT)
+
+
+# Pictures and speech.
+
+# wire: platform.openai.com/docs/guides/audio and ai.google.dev/gemini-api/docs/speech-generation,
+# read 2026-11
+_VOICES = {
+    ApiProtocol.CHAT_COMPLETIONS: frozenset((
+        "alloy", "ash", "ballad", "cedar", "coral", "echo", "fable", "marin", "nova", "onyx",
+        "sage", "shimmer", "verse",
+    )),
+    ApiProtocol.GENERATE_CONTENT: frozenset((
+        "Achernar", "Achird", "Algenib", "Algieba", "Alnilam", "Aoede", "Autonoe", "Callirrhoe",
+        "Charon", "Despina", "Enceladus", "Erinome", "Fenrir", "Gacrux", "Iapetus", "Kore",
+        "Laomedeia", "Leda", "Orus", "Puck", "Pulcherrima", "Rasalgethi", "Sadachbia",
+        "Sadaltager", "Schedar", "Sulafat", "Umbriel", "Vindemiatrix", "Zephyr", "Zubenelgenubi",
+    )),
+}  # fmt: skip
+_DRAWING_TOOL = "image_generation"
+# The field that asks for other things than text, as a caller knows it.
+_MAKES_FIELD = {
+    ApiProtocol.CHAT_COMPLETIONS: "modalities",
+    ApiProtocol.GENERATE_CONTENT: "responseModalities",
+}
+
+
+def _with_output_kinds(
+    prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses
+) -> Prompt:
+    """A prompt that asks for pictures and speech in the target's way."""
+    if protocol is prompt.source:
+        return prompt
+    name, wanted = _MAKES_FIELD.get(prompt.source, "tools"), {*prompt.makes} - {"text"}
+    if "audio" in wanted:
+        return _spoken(prompt, protocol, name, losses)
+    drawing = [tool for tool in prompt.tools if tool.name == _DRAWING_TOOL]
+    if drawing and drawing[0].kind == "hosted" and traits.draws and protocol in _MAKES_FIELD:
+        others = tuple(tool for tool in prompt.tools if tool not in drawing)
+        prompt, wanted = prompt._replace(tools=others), {"image"}
+    if "image" in wanted and protocol is ApiProtocol.RESPONSES:
+        native = Native(protocol, {"type": _DRAWING_TOOL})
+        tool = Tool(_DRAWING_TOOL, kind="hosted", native=native)
+        return prompt._replace(makes=(), tools=(*prompt.tools, tool))
+    if wanted and (wanted != {"image"} or protocol is ApiProtocol.MESSAGES):
+        losses.add("dropped", name)
+        wanted = set()
+    return prompt._replace(makes=("text", "image") if wanted else (), voice=None)
+
+
+def _spoken(prompt: Prompt, protocol: ApiProtocol, name: str, losses: Losses) -> Prompt:
+    if protocol not in _VOICES:
+        raise _no_counterpart(name, "audio output")
+    voice = prompt.voice or Voice()
+    if voice.name and voice.name not in _VOICES[protocol]:
+        losses.add("dropped", "audio.voice" if name == "modalities" else "speechConfig")
+        voice = voice._replace(name="")
+    if protocol is ApiProtocol.CHAT_COMPLETIONS:
+        return prompt._replace(makes=("text", "audio"), voice=voice._replace(form="pcm16"))
+    possible = ("pcm16",) if prompt.stream else ("wav", "pcm16")
+    if voice.form not in possible:
+        raise UpstreamUnfit(
+            f"audio.format: {show_json(voice.form)} cannot be made from what the model's provider "
+            f"gives; expected {' or '.join(possible)}",
+            code="unsupported_parameter",
+            param="audio.format",
+        )
+    # wire: a model that speaks takes no text beside it
+    return prompt._replace(makes=("audio",), voice=voice)
 
 
 # Opaque state, and files that only their vendor has.
@@ -7578,15 +7772,34 @@ def _with_all_results(prompt: Prompt, losses: Losses) -> Prompt:
     return prompt._replace(messages=tuple(merged))
 
 
-_MAX_MARKS = 4  # wire: docs.claude.com/en/docs/build-with-claude/prompt-caching, read 2026-11
+# wire: docs.claude.com/en/docs/build-with-claude/prompt-caching and
+# platform.openai.com/docs/guides/prompt-caching, read 2026-11
+_MAX_MARKS = 4
 
 
-def _with_few_marks(prompt: Prompt, losses: Losses) -> Prompt:
-    """A prompt with no more cache marks than Claude takes; the last ones cover the most."""
-    marked = [t for t in prompt.tools if t.cache]
-    marks = len(marked) + bool(prompt.cache)
-    marks += sum(bool(_mark_of(part)) for m in prompt.messages for part in m.content)
-    surplus = marks - _MAX_MARKS
+def _with_fitting_marks(
+    prompt: Prompt, protocol: ApiProtocol, traits: Traits, losses: Losses
+) -> Prompt:
+    """A prompt with no more cache marks than its target takes; the last ones cover the most."""
+    surplus = 0
+    if protocol is ApiProtocol.MESSAGES:
+        surplus = bool(prompt.cache) - _MAX_MARKS
+    else:  # tools have no place for a mark, nor has what the assistant said
+        takers = ("system", "developer", "user") if traits.breakpoints else ()
+        prompt = prompt._replace(
+            tools=tuple(tool._replace(cache="") for tool in prompt.tools),
+            messages=tuple(
+                message._replace(content=tuple(map(fit, message.content)))
+                for message in prompt.messages
+                for fit in [_hoisted if message.role in takers else _unmarked]
+            ),
+        )
+        surplus = -_MAX_MARKS
+    marked = [tool for tool in prompt.tools if tool.cache]
+    marks = sum(bool(_mark_of(part)) for m in prompt.messages for part in m.content)
+    if marks and protocol is not ApiProtocol.MESSAGES and not prompt.cache_key:
+        prompt = prompt._replace(cache_key=short_user(prompt.user))
+    surplus += len(marked) + marks
     if surplus <= 0:
         return prompt
     losses.add("dropped", "cache_control", harmful=False)
@@ -7595,10 +7808,28 @@ def _with_few_marks(prompt: Prompt, losses: Losses) -> Prompt:
         nonlocal surplus
         if surplus > 0 and isinstance(part, Text | Media | ToolCall | ToolResult) and part.cache:
             surplus -= 1
-            return part._replace(cache="")
+            return _unmarked(part)
         return part
 
     return _each_part(prompt, unmark)
+
+
+def _unmarked(part: Content) -> Content:
+    if isinstance(part, ToolResult):
+        inner = tuple(one._replace(cache="") for one in part.content)
+        return part._replace(content=inner, cache="")
+    if isinstance(part, Text | Media | ToolCall):
+        return part._replace(cache="")
+    return part
+
+
+def _hoisted(part: Content) -> Content:
+    """A result that bears the mark of what is in it."""
+    if not isinstance(part, ToolResult):
+        return part
+    cache = part.cache or next((one.cache for one in part.content if one.cache), "")
+    inner = tuple(one._replace(cache="") for one in part.content)
+    return part._replace(content=inner, cache=cache)
 
 
 def _mark_of(part: Content) -> str:
@@ -8939,6 +9170,8 @@ def traits_of(provider: str, model: str, protocol: ApiProtocol) -> Traits:
         fetches_urls=provider not in _NO_FETCHING,
         custom_tools=protocol is ApiProtocol.RESPONSES or openai,
         developer_role=openai,
+        breakpoints=openai and bool(re.match(_MARKABLE, bare)),
+        draws=bool(facts and "i" in facts.outputs) or "-image" in bare,
     )
     if protocol is ApiProtocol.MESSAGES:
         return _claude_traits(traits, bare, lab)
@@ -8946,6 +9179,10 @@ def traits_of(provider: str, model: str, protocol: ApiProtocol) -> Traits:
         return _gemini_traits(traits, bare)
     return _openai_traits(traits, bare, protocol)
 
+
+# OpenAI's models that take marks in their prompts. wire: platform.openai.com/docs/guides/
+# prompt-caching, read 2026-11
+_MARKABLE = r"gpt-(5-([6-9]|\d\d)|[6-9])"
 
 # A protocol without opaque state of its own: what its servers mint is nobody else's business.
 _UNSIGNING = (ApiProtocol.CHAT_COMPLETIONS,)

@@ -43,6 +43,7 @@ from bitrouter import (
     Undo,
     Undoing,
     UpstreamUnfit,
+    Voice,
     adapt,
     json_in,
     parts_of,
@@ -146,11 +147,7 @@ EXTRAS = [
     ({"safetySettings": []}, []),
     ({"safety_settings": [1]}, ["safety_settings"]),
     ({"stream_options": {"include_obfuscation": False}}, []),
-    ({"modalities": ["text"]}, []),
-    ({"modalities": ["text", "image"]}, ["modalities"]),
-    ({"responseModalities": ["IMAGE"]}, ["responseModalities"]),
-    ({"modalities": ["text", "audio"]}, None),
-    ({"response_modalities": ["AUDIO"]}, None),
+    ({"speechConfig": {"languageCode": "de"}}, None),
     ({"background": True}, None),
     ({"conversation": "conv_1"}, None),
     ({"prompt": {"id": "p"}}, None),
@@ -159,6 +156,100 @@ EXTRAS = [
     ({"container": "c"}, None),
     ({"mcp_servers": [{"name": "x"}]}, None),
 ]
+
+
+DRAWN = {"makes": ("text", "image")}
+SPOKEN = {"makes": ("text", "audio"), "voice": Voice("alloy", "wav")}
+KORE = {"makes": ("audio",), "voice": Voice("Kore")}
+KINDS = [
+    # from, what it asks for                  to   what is asked of the target       losses
+    (CC, DRAWN, CC, ("text", "image"), None, []),
+    (CC, DRAWN, GC, ("text", "image"), None, []),
+    (GC, {"makes": ("image",)}, CC, ("text", "image"), None, []),
+    (GC, DRAWN, ME, (), None, ["responseModalities"]),
+    (CC, DRAWN, ME, (), None, ["modalities"]),
+    (CC, {"makes": ("smell",)}, GC, (), None, ["modalities"]),
+    (CC, SPOKEN, CC, ("text", "audio"), Voice("alloy", "wav"), []),
+    (CC, SPOKEN, GC, ("audio",), Voice("", "wav"), ["audio.voice"]),
+    (CC, {**SPOKEN, "voice": Voice("Puck", "pcm16"), "stream": True}, GC, ("audio",),
+     Voice("Puck", "pcm16"), []),
+    (GC, KORE, CC, ("text", "audio"), Voice("", "pcm16"), ["speechConfig"]),
+    (GC, {"makes": ("audio",)}, CC, ("text", "audio"), Voice("", "pcm16"), []),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("source", "fields", "protocol", "makes", "voice", "wanted"), KINDS)
+def test_pictures_and_speech_are_asked_for_in_the_target_s_way(
+    source: ApiProtocol,
+    fields: dict[str, Any],
+    protocol: ApiProtocol,
+    makes: tuple[str, ...],
+    voice: Voice | None,
+    wanted: list[str],
+) -> None:
+    prompt, _, losses = adapted(a_prompt(source=source, **fields), protocol)
+    assert (prompt.makes, prompt.voice) == (makes, voice)
+    assert losses == [Loss("dropped", name) for name in wanted]
+
+
+def test_responses_is_asked_for_pictures_by_its_tool() -> None:
+    prompt, _, losses = adapted(a_prompt(source=CC, tools=(F,), **DRAWN), RE)
+    assert [tool.name for tool in prompt.tools] == ["f", "image_generation"]
+    assert prompt.makes == () and losses == []
+
+
+def test_the_tool_for_pictures_becomes_an_answer_of_pictures_only_where_the_model_draws() -> None:
+    native = Native(RE, {"type": "image_generation"})
+    tool = Tool("image_generation", kind="hosted", native=native)
+    asked = a_prompt(source=RE, tools=(F, tool))
+    for protocol in (CC, GC):
+        prompt, _, losses = adapted(asked, protocol, Traits(draws=True))
+        assert (prompt.makes, prompt.tools, losses) == (("text", "image"), (F,), [])
+        prompt, _, losses = adapted(asked, protocol)
+        assert (prompt.makes, prompt.tools) == ((), (F,))
+        assert losses == [Loss("dropped", "tools.image_generation")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "protocol", "field"),
+    [
+        (SPOKEN, RE, "modalities"),
+        (SPOKEN, ME, "modalities"),
+        ({**SPOKEN, "voice": Voice("alloy", "mp3")}, GC, "audio.format"),
+        ({**SPOKEN, "stream": True}, GC, "audio.format"),
+    ],
+)
+def test_speech_that_cannot_be_had_is_refused(
+    fields: dict[str, Any], protocol: ApiProtocol, field: str
+) -> None:
+    with pytest.raises(UpstreamUnfit) as refused:
+        adapted(a_prompt(source=CC, **fields), protocol)
+    assert refused.value.param == field
+
+
+def marks(prompt: Prompt) -> list[str]:
+    found = [part for message in prompt.messages for part in message.content]
+    return [getattr(part, "cache", "") for part in found]
+
+
+def test_cache_marks_travel_to_openai_models_that_take_them() -> None:
+    said = (
+        Message("system", (Text("s", cache="1h"),)),
+        Message("user", (Text("a", cache="5m"),)),
+        Message("assistant", (Text("b", cache="5m"), ToolCall("c1", "f", "{}"))),
+        Message("user", (ToolResult("c1", (Text("r", cache="5m"),), name="f"), Text("x"))),
+    )
+    asked = a_prompt(*said, tools=(F._replace(cache="5m"),), source=ME, user="u")
+    for protocol in (CC, RE):
+        prompt, _, losses = adapted(asked, protocol, Traits(breakpoints=True))
+        assert marks(prompt) == ["1h", "5m", "", "", "5m", ""]
+        assert (prompt.tools[0].cache, prompt.cache_key, losses) == ("", "u", [])
+        prompt, _, losses = adapted(asked, protocol)
+        assert (marks(prompt), prompt.cache_key, losses) == ([""] * 6, "", [])
+    many = tuple(Message("user", (Text(str(n), cache="5m"),)) for n in range(6))
+    prompt, _, losses = adapted(a_prompt(*many), CC, Traits(breakpoints=True))
+    assert marks(prompt) == ["", "", "5m", "5m", "5m", "5m"]
+    assert losses == [Loss("dropped", "cache_control", harmful=False)]
 
 
 @pytest.mark.parametrize(("extra", "wanted"), EXTRAS)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import io
 import json
+import wave
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 
 from bitrouter import (
     CHAT,
+    PCM,
     AnswerLabel,
     ApiProtocol,
     BadRequest,
@@ -48,6 +52,7 @@ from bitrouter import (
     UpstreamError,
     UpstreamUnfit,
     Usage,
+    Voice,
     parts_of,
 )
 
@@ -846,9 +851,9 @@ ADDED_UP: list[tuple[str, tuple[Block, ...]]] = [
 ]
 
 
-def whole_message(blocks: Iterable[Block]) -> dict[str, Any]:
+def whole_message(blocks: Iterable[Block], prompt: Prompt = PLAIN) -> dict[str, Any]:
     choice = Choice(tuple(blocks), Finished(Finish.STOP))
-    answer = CHAT.render_response(PLAIN, LABEL, [choice], Usage(), Losses())
+    answer = CHAT.render_response(prompt, LABEL, [choice], Usage(), Losses())
     return dict(answer["choices"][0]["message"])
 
 
@@ -858,6 +863,71 @@ def test_lists_add_up_to_what_a_whole_answer_says(name: str, blocks: tuple[Block
     for one in [*streamed[name], *whole[name]]:
         one.pop("index", None)
     assert streamed[name] == whole[name]
+
+
+# --- speech
+
+SAMPLES = [b"\x01\x02" * 3, b"\x03\x04"]
+SPOKEN = [Media("audio", PCM, base64.b64encode(one).decode()) for one in SAMPLES]
+
+
+def test_speech_comes_back_in_the_form_that_was_asked_for() -> None:
+    raw = whole_message(SPOKEN, PLAIN._replace(voice=Voice("alloy", "pcm16")))["audio"]
+    assert base64.b64decode(raw["data"]) == b"".join(SAMPLES)
+    assert (raw["transcript"], raw["expires_at"] > LABEL.created) == ("", True)
+    told = whole_message(SPOKEN, PLAIN._replace(voice=Voice("alloy", "wav")))["audio"]
+    with wave.open(io.BytesIO(base64.b64decode(told["data"]))) as file:
+        assert (file.getframerate(), file.getnchannels(), file.getsampwidth()) == (24_000, 1, 2)
+        assert file.readframes(99) == b"".join(SAMPLES)
+
+
+def test_speech_is_streamed_piece_by_piece_under_one_id() -> None:
+    pieces = [d["audio"] for d in deltas_of(encoded(blocks=SPOKEN)) if "audio" in d]
+    assert [base64.b64decode(piece["data"]) for piece in pieces] == SAMPLES
+    assert len({piece["id"] for piece in pieces}) == 1
+
+
+def test_speech_that_a_provider_sends_is_read_with_its_transcript() -> None:
+    data = SPOKEN[0].data
+    whole = {"message": {"audio": {"id": "a", "data": data, "transcript": "Hi"}}}
+    parts = CHAT.decoder("chat:x").whole({"choices": [{**whole, "finish_reason": "stop"}]})
+    assert gathered(parts) == (Text("Hi"), SPOKEN[0])
+    decoder = CHAT.decoder("chat:x")
+    streamed = [delta(audio={"id": "a", "transcript": "H"}), delta(audio={"transcript": "i"})]
+    streamed += [delta(audio={"data": one.data}) for one in SPOKEN]
+    parts = [part for chunk in streamed for part in decoder.feed(chunk)]
+    assert gathered([*parts, *decoder.finish()]) == (Text("Hi"), *SPOKEN)
+
+
+def test_speech_that_was_not_kept_cannot_be_spoken_of_again() -> None:
+    turn = {"role": "assistant", "audio": {"id": "audio_1"}}
+    with pytest.raises(BadRequest, match="transcript") as refused:
+        CHAT.parse_request({"model": "m", "messages": [turn]})
+    assert refused.value.param == "messages[0].audio"
+
+
+# --- cache marks
+
+MARK = {"prompt_cache_breakpoint": {"mode": "explicit", "ttl": "30m"}}
+
+
+def test_a_cache_mark_is_written_on_the_part_that_bears_it() -> None:
+    messages = (
+        Message("system", (Text("s"), Text("t", cache="1h"))),
+        Message("user", (Text("a", cache="5m"),)),
+        Message("assistant", (ToolCall("c", "f"),)),
+        Message("user", (ToolResult("c", (Text("r"),), name="f", cache="5m"), Text("b"))),
+    )
+    prompt = PLAIN._replace(messages=messages, source=ApiProtocol.MESSAGES)
+    body = CHAT.render_request(prompt, Traits(), Losses())
+    text = {"type": "text"}
+    assert [message.get("content") for message in body["messages"]] == [
+        [{**text, "text": "s"}, {**text, "text": "t", **MARK}],
+        [{**text, "text": "a", **MARK}],
+        None,
+        [{**text, "text": "r", **MARK}],
+        "b",
+    ]
 
 
 def test_a_stream_that_cannot_go_on_ends_with_an_error_object() -> None:

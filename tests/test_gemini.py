@@ -45,6 +45,7 @@ from bitrouter import (
     Traits,
     UpstreamError,
     Usage,
+    Voice,
     parts_of,
     seal,
 )
@@ -309,6 +310,9 @@ def settings(**fields: Any) -> dict[str, Any]:
     return {"generationConfig": fields}
 
 
+SPEECH = {"voiceConfig": {"prebuiltVoiceConfig": {"voiceName": "Kore"}}}
+
+
 def calling(mode: str, *names: str) -> dict[str, Any]:
     config = {"mode": mode, "allowedFunctionNames": list(names)}
     return {"toolConfig": {"functionCallingConfig": config}}
@@ -351,7 +355,11 @@ FIELDS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"serviceTier": "FLEX", "labels": {"a_b": "c"}}, {"tier": "flex", "metadata": {"a_b": "c"}}),
     ({"safetySettings": [1]}, {"extra": {"safetySettings": [1]}}),
     (settings(responseModalities=["TEXT"]), {}),
-    (settings(responseModalities=["IMAGE"]), {"extra": {"responseModalities": ["IMAGE"]}}),
+    (settings(responseModalities=["IMAGE"]), {"makes": ("image",)}),
+    (settings(responseModalities=["AUDIO"], speechConfig=SPEECH),
+     {"makes": ("audio",), "voice": Voice("Kore")}),
+    (settings(speechConfig={"languageCode": "de"}),
+     {"extra": {"speechConfig": {"languageCode": "de"}}}),
 ]  # fmt: skip
 
 

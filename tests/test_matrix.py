@@ -551,6 +551,8 @@ OTHERWISE: dict[str, dict[ApiProtocol, Fragment]] = {
     "visible reasoning": {CC: {"reasoning_effort": "low"}},  # what is shown is up to the server
     "priority tier": {ME: {"service_tier": "auto"}},
     "image detail": {GC: settings(mediaResolution="MEDIA_RESOLUTION_LOW")},
+    "image output": {RE: {"tools": [{"type": "image_generation"}]}},
+    "audio output": {CC: {"modalities": ["text", "audio"], "audio": {"format": "pcm16"}}},
     "standard tier": {GC: {}},  # as it is when nothing is said
     "refusals": {
         RE: {"input": [{"role": "assistant", "content": "No."}]},
@@ -641,12 +643,11 @@ def table(text: str) -> Table:
 # What is dropped on the way from a caller to a provider, and what is refused because an answer
 # without it would be no answer.
 LOSSES = table("""
-chat -> responses: seed, penalties, logit bias, cache marks, names of speakers, predictions,
-    image output
+chat -> responses: seed, penalties, logit bias, cache marks, names of speakers, predictions
 chat -> messages: seed, penalties, logit bias, log probabilities, verbosity, metadata, cache
     key, storing, flex tier, names of speakers, image detail, predictions, image output
 chat -> gemini: logit bias, one call at a time, verbosity, metadata, end user, cache key, cache
-    marks, storing, fast tier, names of speakers, predictions, image output
+    marks, storing, fast tier, names of speakers, predictions
 responses -> chat: web search, other hosted tools, cache marks, truncation, context management
 responses -> messages: log probabilities, other hosted tools, verbosity, metadata, cache key,
     storing, flex tier, image detail, truncation, context management
@@ -656,22 +657,22 @@ messages -> chat: top_k, web search, other hosted tools, cache marks, context ma
 messages -> responses: top_k, other hosted tools, cache marks, context management
 messages -> gemini: one call at a time, other hosted tools, end user, cache marks, fast tier,
     context management
-gemini -> chat: top_k, web search, other hosted tools, safety settings, image output
-gemini -> responses: top_k, seed, penalties, other hosted tools, safety settings, image output
+gemini -> chat: top_k, web search, other hosted tools, safety settings
+gemini -> responses: top_k, seed, penalties, other hosted tools, safety settings
 gemini -> messages: seed, penalties, log probabilities, other hosted tools, metadata, flex tier,
     safety settings, image output
 """)
 REFUSED = table("""
 chat -> responses: audio, audio output
 chat -> messages: audio, file ids, audio output
-chat -> gemini: file ids, audio output
+chat -> gemini: file ids
 responses -> chat: background, stored prompts
 responses -> messages: file ids, background, stored prompts
 responses -> gemini: file ids, background, stored prompts
 messages -> chat: file ids, containers, MCP servers
 messages -> responses: file ids, containers, MCP servers
 messages -> gemini: file ids, containers, MCP servers
-gemini -> chat: video, file ids, audio output, cached contents
+gemini -> chat: video, file ids, cached contents
 gemini -> responses: audio, video, file ids, audio output, cached contents
 gemini -> messages: audio, video, file ids, audio output, cached contents
 """)

@@ -562,6 +562,25 @@ def test_a_limit_below_the_least_is_raised() -> None:
     assert losses.found == [Loss("raised", "max_tokens", harmful=False)]
 
 
+def test_a_cache_mark_is_written_on_the_part_that_bears_it() -> None:
+    mark = {"prompt_cache_breakpoint": {"mode": "explicit", "ttl": "30m"}}
+    messages = (
+        Message("system", (Text("s", cache="1h"),)),
+        Message("user", (Text("a", cache="5m"),)),
+        Message("assistant", (ToolCall("c", "f"),)),
+        Message("user", (ToolResult("c", (Text("r"),), name="f", cache="5m"),)),
+    )
+    body = sent(Prompt("m", messages, source=ApiProtocol.MESSAGES))
+    text = {"type": "input_text"}
+    assert "instructions" not in body
+    assert [item.get("content", item.get("output")) for item in body["input"]] == [
+        [{**text, "text": "s", **mark}],
+        [{**text, "text": "a", **mark}],
+        None,
+        [{**text, "text": "r", **mark}],
+    ]
+
+
 @pytest.mark.parametrize("kind", ["audio", "video"])
 def test_media_that_have_no_place_make_the_target_unfit(kind: str) -> None:
     with pytest.raises(UpstreamUnfit) as caught:
