@@ -159,7 +159,7 @@ EXTRAS = [
 
 
 DRAWN = {"makes": ("text", "image")}
-SPOKEN = {"makes": ("text", "audio"), "voice": Voice("alloy", "wav")}
+ALOUD = {"makes": ("text", "audio"), "voice": Voice("alloy", "wav")}
 KORE = {"makes": ("audio",), "voice": Voice("Kore")}
 KINDS = [
     # from, what it asks for                  to   what is asked of the target       losses
@@ -169,9 +169,9 @@ KINDS = [
     (GC, DRAWN, ME, (), None, ["responseModalities"]),
     (CC, DRAWN, ME, (), None, ["modalities"]),
     (CC, {"makes": ("smell",)}, GC, (), None, ["modalities"]),
-    (CC, SPOKEN, CC, ("text", "audio"), Voice("alloy", "wav"), []),
-    (CC, SPOKEN, GC, ("audio",), Voice("", "wav"), ["audio.voice"]),
-    (CC, {**SPOKEN, "voice": Voice("Puck", "pcm16"), "stream": True}, GC, ("audio",),
+    (CC, ALOUD, CC, ("text", "audio"), Voice("alloy", "wav"), []),
+    (CC, ALOUD, GC, ("audio",), Voice("", "wav"), ["audio.voice"]),
+    (CC, {**ALOUD, "voice": Voice("Puck", "pcm16"), "stream": True}, GC, ("audio",),
      Voice("Puck", "pcm16"), []),
     (GC, KORE, CC, ("text", "audio"), Voice("", "pcm16"), ["speechConfig"]),
     (GC, {"makes": ("audio",)}, CC, ("text", "audio"), Voice("", "pcm16"), []),
@@ -213,10 +213,10 @@ def test_the_tool_for_pictures_becomes_an_answer_of_pictures_only_where_the_mode
 @pytest.mark.parametrize(
     ("fields", "protocol", "field"),
     [
-        (SPOKEN, RE, "modalities"),
-        (SPOKEN, ME, "modalities"),
-        ({**SPOKEN, "voice": Voice("alloy", "mp3")}, GC, "audio.format"),
-        ({**SPOKEN, "stream": True}, GC, "audio.format"),
+        (ALOUD, RE, "modalities"),
+        (ALOUD, ME, "modalities"),
+        ({**ALOUD, "voice": Voice("alloy", "mp3")}, GC, "audio.format"),
+        ({**ALOUD, "stream": True}, GC, "audio.format"),
     ],
 )
 def test_speech_that_cannot_be_had_is_refused(
