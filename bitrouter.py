@@ -39,19 +39,22 @@ Contents
     19. config      bitrouter.toml and the environment -> Config
     20. routing     model id to chain of targets
     21. health      which targets are failing, and until when to spare them
-    22. echo        the built-in model
-    23. logs        one line per event, for people or for machines
-    24. transport   the HTTP client: pool, TLS, proxies, deadlines
-    25. memory      what is kept of conversations, for a while
-    26. fetch       media at a URL, for targets that want the bytes
-    27. runtime     App: everything a request needs
-    28. callers     connections from callers
-    29. exchange    one request to one target, and its answer on its way to the caller
-    30. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
-    31. attempts    the loop of retries and fallbacks
-    32. pipeline    one request's life; the handlers
-    33. server      listening, finding local servers, draining
-    34. cli         the command line
+    22. choosing    which of a route's targets a request goes to, and in what order
+    23. shaping     what the configuration puts into requests and takes out of them
+    24. echo        the built-in model
+    25. logs        one line per event, for people or for machines
+    26. transport   the HTTP client: pool, TLS, proxies, deadlines
+    27. memory      what is kept of conversations, for a while
+    28. fetch       media at a URL, for targets that want the bytes
+    29. runtime     App: everything a request needs
+    30. callers     connections from callers
+    31. exchange    one request to one target, and its answer on its way to the caller
+    32. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
+    33. attempts    the loop of retries and fallbacks
+    34. explain     whom a request goes to, and why
+    35. pipeline    one request's life; the handlers
+    36. server      listening, finding local servers, draining
+    37. cli         the command line
 
 A section uses its own names and those of the sections before it, never those after it, and a
 name that starts with an underscore is private to its section. Sections marked (pure) do no
@@ -71,6 +74,7 @@ import errno
 import functools
 import hashlib
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -83,7 +87,7 @@ import sys
 import time
 import zlib
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
@@ -189,6 +193,12 @@ class KeyMissing(BitrouterError):
     status, kind, code = 402, Kind.BILLING, "provider_key_missing"
 
 
+class Unset(BitrouterError):
+    """The configuration needs a variable or a file that is not there."""
+
+    status, code = 503, "configuration_incomplete"
+
+
 class Forbidden(BitrouterError):
     status, kind, code = 403, Kind.PERMISSION, "forbidden"
 
@@ -257,6 +267,12 @@ class UpstreamError(BitrouterError):
         self.kind = kind or self.kind
         self.body = body
         self.headers = headers or {}
+
+
+class LimitReached(BitrouterError):
+    """A limit of the configuration, on all targets of a chain."""
+
+    status, kind, code = 429, Kind.RATE_LIMIT, "rate_limit_exceeded"
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -363,6 +379,16 @@ class Secret:
         return hash(self._text)
 
 
+class Change(NamedTuple):
+    """One change of a JSON document. pointer: RFC 6901; a last part of `-` appends to a list.
+    insert: before the list's entry of that number, not in its place."""
+
+    pointer: str
+    value: Json = None
+    delete: bool = False
+    insert: bool = False
+
+
 class Document:
     """A JSON object and its text, so that a value can be replaced without touching the rest.
 
@@ -433,6 +459,16 @@ class Document:
         pieces += [source[at:] if ascii_only else self._text[at:].encode()]
         return b"".join(pieces)
 
+    def changed(self, changes: Iterable[Change]) -> Document:
+        """A new document with values replaced, added or taken out, and all else as it was.
+
+        Raises BadRequest if a pointer leads through something that has nothing in it.
+        """
+        text = self._text
+        for pointer, value, delete, insert in changes:
+            text = _spliced(text, pointer, None if delete else _ASCII(value), insert=insert)
+        return Document(text.encode())
+
     @property
     def raw(self) -> bytes:
         """The document as it came."""
@@ -486,6 +522,83 @@ def _spans(text: str, start: int, wanted: str) -> dict[str, tuple[int, int]]:
         if text[at] == ",":
             at = _skip(text, at + 1)
     return spans
+
+
+class _Member(NamedTuple):
+    """An entry of an object or a list: where it begins (with its key), its value, and its end."""
+
+    key: str
+    begin: int
+    value: int
+    end: int
+
+
+def _members(text: str, start: int) -> list[_Member]:
+    """The entries of the valid JSON object or list at `start`."""
+    is_object = text[start] == "{"
+    closing = "}" if is_object else "]"
+    members: list[_Member] = []
+    at = _skip(text, start + 1)
+    while text[at] != closing:
+        begin, key = at, str(len(members))
+        if is_object:
+            key, at = _DECODER.raw_decode(text, at)
+            at = _skip(text, _skip(text, at) + 1)
+        end = _DECODER.raw_decode(text, at)[1]
+        members.append(_Member(key, begin, at, end))
+        at = _skip(text, end)
+        if text[at] == ",":
+            at = _skip(text, at + 1)
+    return members
+
+
+def _spliced(text: str, pointer: str, new: str | None, *, insert: bool) -> str:
+    """JSON text with the value at a pointer replaced or added, or taken out (new: None). Objects
+    that are missing on the way there are made."""
+    parts = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
+    at = _skip(text, 0)
+    for n, part in enumerate(parts):
+        if text[at] not in "{[":
+            above = "/".join(["", *parts[:n]])
+            raise BadRequest(f"{pointer}: the body has no object or list at {above}")
+        members = _members(text, at)
+        found = [i for i, member in enumerate(members) if member.key == part]
+        if len(found) > 1:
+            raise BadRequest(f"{part}: this field is given twice", param=part)
+        last = n == len(parts) - 1
+        if found and not last:
+            at = members[found[0]].value
+        elif found and not (insert and text[at] == "["):
+            return _put(text, at, members, found[0], new)
+        elif new is None:
+            return text
+        else:
+            for inner in reversed(parts[n + 1 :]):
+                new = f"[{new}]" if inner == "-" else f"{{{_ASCII(inner)}:{new}}}"
+            return _added(text, at, members, part, new)
+    return text
+
+
+def _put(text: str, at: int, members: list[_Member], n: int, new: str | None) -> str:
+    member = members[n]
+    if new is not None:
+        return text[: member.value] + new + text[member.end :]
+    if n:
+        return text[: members[n - 1].end] + text[member.end :]
+    if len(members) > 1:
+        return text[: member.begin] + text[members[1].begin :]
+    return text[: at + 1] + text[member.end :]
+
+
+def _added(text: str, at: int, members: list[_Member], part: str, new: str) -> str:
+    """An entry put into a list before the one that has its number, or else at the end."""
+    entry = f"{_ASCII(part)}:{new}" if text[at] == "{" else new
+    before = next((m for m in members if text[at] == "[" and m.key == part), None)
+    if before:
+        return text[: before.begin] + entry + "," + text[before.begin :]
+    if members:
+        return text[: members[-1].end] + "," + entry + text[members[-1].end :]
+    return text[: at + 1] + entry + text[at + 1 :]
 
 
 def _skip(text: str, at: int) -> int:
@@ -568,7 +681,18 @@ def near_misses(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """What was probably meant, best first."""
     import difflib  # 10 ms, and only wanted when something is wrong
 
-    return difflib.get_close_matches(word, list(known), count, 0.5)
+    names = list(known)
+    if len(names) > _MANY_NAMES:  # each comparison costs 50 us: only what shares pairs of letters
+        pairs = {word[i : i + 2] for i in range(len(word) - 1)}
+
+        def shared(name: str) -> int:
+            return sum(pair in name for pair in pairs)
+
+        names = sorted(names, key=shared, reverse=True)[:_MANY_NAMES]
+    return difflib.get_close_matches(word, names, count, 0.5)
+
+
+_MANY_NAMES = 300
 
 
 def seconds_of(text: str) -> float | None:
@@ -8549,6 +8673,7 @@ class Provider(NamedTuple):
         auth: `native` carries the key as each protocol's own vendor wants it, `bearer` always
             in Authorization.
         full_ids: its own model ids are spelled lab/model.
+        like: the provider of this table whose models, prices and ways it shares, if not its own.
         headers: sent with every request, by the configuration's wish.
     """
 
@@ -8558,6 +8683,7 @@ class Provider(NamedTuple):
     kind: str = "api"
     auth: str = "native"
     full_ids: bool = False
+    like: str = ""
     headers: Headers = {}  # noqa: RUF012  a NamedTuple's default, never changed
 
 
@@ -9240,6 +9366,21 @@ def _reasons(bare: str) -> bool:
     return bool(re.match(_REASONS, bare)) and "chat" not in bare
 
 
+def can_reason(model: str) -> bool:
+    """Whether a model of the catalogue is known to reason before it answers."""
+    lab, _, bare = normal_id(model).partition("/")
+    if lab == "anthropic":
+        return any(thinking for start, thinking, _ in _CLAUDES if re.match(start, bare))
+    if lab == "google":
+        return re.match(r"gemini-(2-5|[3-9])", bare) is not None
+    return _reasons(bare) if lab == "openai" else re.search(_REASONING_OF_OTHERS, bare) is not None
+
+
+_REASONING_OF_OTHERS = (
+    r"reason|think|deepseek-v[3-9]|glm-[4-9]|kimi-k[2-9]|qwen3|grok-[4-9]|minimax-m|mimo"
+)
+
+
 def may_prefer_responses(model: str) -> bool:
     """Whether it can be that a model is better asked on the Responses API."""
     bare = normal_id(model.rpartition("/")[2])
@@ -9272,9 +9413,23 @@ def prefers_responses(model: str, asked_in: ApiProtocol, body: JsonObject) -> bo
 ECHO_MODEL = "echo/echo"  # the built-in model; nobody else may be called so
 
 
-def _limited(default: T, *, low: float | None = None, words: tuple[str, ...] = ()) -> T:
-    """A field with limits: a least value, or the words that it may be."""
-    return field(default=default, metadata={"low": low, "words": words})
+def _limited(
+    default: T,
+    *,
+    low: float | None = None,
+    high: float = 1e12,
+    words: Iterable[str] = (),
+    key: str = "",
+) -> T:
+    """A field with limits: a least and a greatest value, or the words that it may be (or, of a
+    list, that its entries may be). key: its name in the file, where Python reserves it."""
+    limits = {"low": low, "high": high, "words": tuple(words), "key": key}
+    return field(default=default, metadata=limits)
+
+
+def matches_glob(glob: str, model: str) -> bool:
+    """Whether a model id is the one that a rule names, or begins as a rule with a * does."""
+    return glob in ("*", model) or (glob.endswith("*") and model.startswith(glob[:-1]))
 
 
 class ProtocolRules(NamedTuple):
@@ -9284,12 +9439,49 @@ class ProtocolRules(NamedTuple):
 
     def spoken(self, model: str) -> tuple[ApiProtocol, ...]:
         for glob, protocols in self.rules:
-            if glob in ("*", model) or (glob.endswith("*") and model.startswith(glob[:-1])):
+            if matches_glob(glob, model):
                 return protocols
         return ()
 
 
 _SPEAKS_AS_KNOWN = ProtocolRules()
+
+
+class HeaderEdits(NamedTuple):
+    """Header lines to add to a request, or put in place of others, and names to leave out."""
+
+    put: Mapping[str, str] = {}
+    drop: tuple[str, ...] = ()
+
+
+_NO_HEADERS = HeaderEdits()
+
+
+@dataclass(slots=True)
+class BodyEdit:
+    """One change of a request's body before it is sent. pointer: RFC 6901; a last part of `-`
+    appends to a list."""
+
+    pointer: str
+    value: Json = None
+    delete: bool = False
+
+
+@dataclass(slots=True)
+class RateLimit:
+    """How much may be asked for in any 60 seconds."""
+
+    requests_per_minute: int | None = _limited(None, low=1)
+    tokens_per_minute: int | None = _limited(None, low=1)
+
+
+class RateRules(NamedTuple):
+    """Limits by model: (glob, limit); the first match counts."""
+
+    rules: tuple[tuple[str, RateLimit], ...] = ()
+
+
+_NO_LIMITS = RateRules()
 
 
 @dataclass(slots=True)
@@ -9313,6 +9505,18 @@ class SomeTimeouts:
     total_s: float | None = _limited(None, low=0.01)
 
 
+@dataclass(slots=True, kw_only=True)
+class Shaping:
+    """What is made of a request on its way: fields that it gets where it lacks them (in Chat
+    Completions' names, put where its own protocol has them), changes of the body that the provider
+    gets, header lines, deadlines."""
+
+    params: dict[str, Json] = field(default_factory=dict)
+    extra_body: tuple[BodyEdit, ...] = ()
+    extra_headers: HeaderEdits = _NO_HEADERS
+    timeouts: SomeTimeouts = field(default_factory=SomeTimeouts)
+
+
 @dataclass(slots=True)
 class Retry:
     """Of the same target: how often, and how long the first and the longest pause may be."""
@@ -9333,7 +9537,10 @@ class Breaker:
 
 @dataclass(slots=True)
 class Server:
+    """workers: processes that share the port."""
+
     listen: str = "127.0.0.1:4356"
+    workers: int = _limited(1, low=1, high=256)
     auth: str = _limited("auto", words=("auto", "none", "required"))
     base_path: str = ""
     max_body_mb: float = _limited(100.0, low=0.001)
@@ -9345,7 +9552,15 @@ class Server:
 
 @dataclass(slots=True)
 class Upstream:
+    """
+    Attributes:
+        fallback_backoff_ms: pauses before the second, third ... target; the last one repeats.
+        hedge_after_ms: silence after which the next target is asked, too; the first to answer wins.
+    """
+
     timeouts: Timeouts = field(default_factory=Timeouts)
+    fallback_backoff_ms: tuple[float, ...] = _limited((), low=0)
+    hedge_after_ms: float | None = _limited(None, low=1)
     retry: Retry = field(default_factory=Retry)
     breaker: Breaker = field(default_factory=Breaker)
 
@@ -9358,7 +9573,7 @@ class AccountConfig:
 
 
 @dataclass(slots=True)
-class Pricing:
+class Rates:
     """US dollars per million tokens."""
 
     input: float | None = _limited(None, low=0)
@@ -9368,8 +9583,51 @@ class Pricing:
 
 
 @dataclass(slots=True)
-class DeclaredModel:
-    """A model that a provider of the file serves, under our name for it and its own."""
+class ContextTier(Rates):
+    """The rates of prompts that are longer than so many tokens."""
+
+    above_input_tokens: int = _limited(0, low=0)
+
+
+@dataclass(slots=True)
+class Pricing(Rates):
+    context_tiers: tuple[ContextTier, ...] = ()
+
+
+# What a model may be able to do, as `capabilities` names it.
+CAPABILITIES = (
+    "tools", "structured_outputs", "reasoning", "image_input", "audio_input", "video_input",
+    "file_input", "image_output", "audio_output", "embeddings",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class ReasoningEffort:
+    levels: tuple[str, ...] = _limited((), words=EFFORTS)
+    default: str = _limited("", words=("", *EFFORTS))
+
+
+@dataclass(slots=True)
+class ChatCompatibility:
+    token_limit_field: str = _limited("", words=("", "max_tokens", "max_completion_tokens"))
+    supports_store: bool = True
+    supports_stream_options: bool = True
+
+
+@dataclass(slots=True)
+class Compatibility:
+    """How a server departs from the protocol that it speaks."""
+
+    chat_completions: ChatCompatibility = field(default_factory=ChatCompatibility)
+
+
+@dataclass(slots=True)
+class DeclaredModel(Shaping):
+    """A model that a provider of the file serves, under our name for it and its own.
+
+    Attributes:
+        capabilities: all that it can do; empty if nothing is said of it.
+    """
 
     id: str
     provider_model_id: str = ""
@@ -9377,30 +9635,124 @@ class DeclaredModel:
     context: int = _limited(0, low=0)
     max_output: int = _limited(0, low=0)
     pricing: Pricing = field(default_factory=Pricing)
+    capabilities: tuple[str, ...] = _limited((), words=CAPABILITIES)
+    reasoning_effort: ReasoningEffort = field(default_factory=ReasoningEffort)
+    rate_limits: RateLimit = field(default_factory=RateLimit)
+    compatibility: Compatibility = field(default_factory=Compatibility)
+
+
+# In what order providers of a kind are asked for a model, unless `provider_priority` or a
+# provider's own `priority` says otherwise.
+CLASSES = ("first-party-api", "third-party-api", "local", "gateway", "bitrouter-cloud")
+_SUBSCRIPTION = "subscription"  # used only where it is named
 
 
 @dataclass(slots=True)
-class ProviderConfig:
+class ProviderConfig(Shaping):
+    """
+    Attributes:
+        derives: a provider whose protocols, models and prices this one shares, but not its key.
+        protocol_endpoints: protocol -> the base where it is spoken, if it is another.
+        priority: its rank among those who carry a model, 0 first.
+        auto_discover: ask it at start what it serves.
+        active: whether it is used at all.
+    """
+
     api_base: str = ""
     api_key: Secret | None = None
     accounts: tuple[AccountConfig, ...] = ()
     account_strategy: str = _limited("failover", words=("failover", "balance"))
     api_protocol: ProtocolRules = _SPEAKS_AS_KNOWN
+    protocol_endpoints: dict[str, str] = field(default_factory=dict)
     models: tuple[DeclaredModel, ...] = ()
-    extra_headers: dict[str, str] = field(default_factory=dict)
-    timeouts: SomeTimeouts = field(default_factory=SomeTimeouts)
+    derives: str = ""
+    tags: tuple[str, ...] = ()
+    class_: str = _limited("", words=("", *CLASSES, _SUBSCRIPTION), key="class")
+    priority: int | None = _limited(None, low=0)
+    rate_limits: RateRules = _NO_LIMITS
+    compatibility: Compatibility = field(default_factory=Compatibility)
+    auto_discover: bool = False
+    active: bool = True
 
 
 @dataclass(slots=True)
-class Endpoint:
+class Endpoint(Shaping):
+    """weight: its share where the strategy is to balance."""
+
     provider: str
     service_id: str
+    weight: float = _limited(1.0, low=0)
+    rate_limits: RateLimit = field(default_factory=RateLimit)
 
 
 @dataclass(slots=True)
-class VirtualModel:
+class VirtualModel(Shaping):
+    """A name over endpoints: in their order, by their weights, or ranked as for any model."""
+
     endpoints: tuple[Endpoint, ...]
-    strategy: str = _limited("priority", words=("priority",))
+    strategy: str = _limited("priority", words=("priority", "balance", "cascade"))
+    pricing: Pricing = field(default_factory=Pricing)
+
+
+SORTS = ("balanced", "cost", "latency", "throughput")
+SORT_ALIASES = {
+    "floor": "cost", "price": "cost", "nitro": "throughput", "fast": "latency",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class MaxPrice:
+    """US dollars per million tokens."""
+
+    input: float | None = _limited(None, low=0)
+    output: float | None = _limited(None, low=0)
+
+
+@dataclass(slots=True)
+class Routing:
+    """Whom to choose among those who can serve a model, as a request's `provider` says it."""
+
+    sort: str = _limited("", words=("", *SORTS, *SORT_ALIASES))
+    order: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    require_tags: tuple[str, ...] = ()
+    allow_fallbacks: bool = True
+    require_parameters: bool = False
+    max_price: MaxPrice = field(default_factory=MaxPrice)
+
+
+@dataclass(slots=True)
+class Candidate:
+    """One of several to draw from: a model or a preset, by weight."""
+
+    model: str = ""
+    preset: str = ""
+    weight: float = _limited(1.0, low=0)
+
+
+@dataclass(slots=True)
+class Preset(Shaping):
+    """Asked for as @NAME, @NAME/MODEL or @NAME:VARIANT.
+
+    Attributes:
+        system_mode: fill gives the system prompt to requests that have none, prepend puts it
+            before theirs, replace in its place.
+        fallbacks: models to go on with when all else has failed.
+        candidates: one is drawn for each conversation, the others follow.
+    """
+
+    model: str = ""
+    system_prompt: str = ""
+    system_mode: str = _limited("fill", words=("fill", "prepend", "replace"))
+    routing: Routing = field(default_factory=Routing)
+    fallbacks: tuple[str, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(slots=True)
+class Variant:
+    routing: Routing = field(default_factory=Routing)
 
 
 @dataclass(slots=True)
@@ -9412,43 +9764,139 @@ class KeyConfig:
 
 @dataclass(slots=True)
 class Config:
+    """
+    Attributes:
+        provider_priority: classes of providers, in the order in which they are asked.
+        inherit_defaults: whether providers whose key is in the environment are on unasked.
+        broken: what cannot be used, as (section, name) -> why: a variable is not set, or a file
+            cannot be read.
+    """
+
     server: Server = field(default_factory=Server)
     upstream: Upstream = field(default_factory=Upstream)
     keys: dict[str, KeyConfig] = field(default_factory=dict)
     providers: dict[str, ProviderConfig] = field(default_factory=dict)
     models: dict[str, VirtualModel] = field(default_factory=dict)
+    presets: dict[str, Preset] = field(default_factory=dict)
+    variants: dict[str, Variant] = field(default_factory=dict)
+    provider_priority: tuple[str, ...] = _limited((), words=CLASSES)
+    inherit_defaults: bool = True
+    broken: dict[tuple[str, str], str] = field(default_factory=dict, metadata={"inner": True})
 
 
 class Loaded(NamedTuple):
     """A configuration, and what should be said about it.
 
     Attributes:
-        unset: variables that the file names and the environment lacks, with where.
+        unset: variables that the file names and the environment lacks, and files that it names
+            and that cannot be read, each with where.
+        fatal: those of them without which nothing can be served.
+        origins: where each value of the file stands, as `file:line`, by its dotted name.
+        files: the files that it takes keys from.
     """
 
     config: Config
     problems: list[str]
     unset: list[str]
+    fatal: list[str] = []  # noqa: RUF012  a NamedTuple's default, never changed
+    origins: Mapping[str, str] = {}
+    files: tuple[str, ...] = ()
 
 
 _KeyPath: TypeAlias = tuple[str | int, ...]  # where in the file: ("providers", "openai", "api_key")
 
 
-def parse_config(text: str, environ: Mapping[str, str], name: str = "bitrouter.toml") -> Loaded:
-    """Read a configuration: TOML, or JSON if its name ends in .json. Never raises."""
+def parse_config(
+    text: str,
+    environ: Mapping[str, str],
+    name: str = "bitrouter.toml",
+    read_file: Callable[[str], str] | None = None,
+) -> Loaded:
+    """Read a configuration: TOML, or JSON if its name ends in .json. Never raises.
+
+    Args:
+        read_file: gives a key file's text, or raises OSError; None reads none.
+    """
     try:
         raw = _parse_text(text, name)
     except (ValueError, RecursionError) as exc:
         return Loaded(Config(), [f"{name}: {exc}"], [])
-    reader = _Reader(environ)
+    reader = _Reader(environ, read_file)
     config = reader.table(Config, raw, ())
     _check_references(config, reader)
     where = _Lines(text, name)
+    fatal: list[tuple[_KeyPath, str]] = []
+    for path, said in reader.unset:
+        if path[0] in _SPARED and len(path) > 1:
+            config.broken.setdefault((str(path[0]), str(path[1])), said)
+        else:
+            fatal.append((path, said))
 
     def shown(found: list[tuple[_KeyPath, str]]) -> list[str]:
         return [f"{where.of(path)}: {_dotted(path)}: {said}" for path, said in found]
 
-    return Loaded(config, shown(reader.found), shown(reader.unset))
+    problems = shown(reader.found)
+    if not problems:
+        _forget_broken(config, reader)
+    origins = _Lazily(lambda: _Origins(where, raw))
+    return Loaded(config, problems, shown(reader.unset), shown(fatal), origins, reader.files)
+
+
+# Sections of which one entry may be out of order while the rest serves.
+_SPARED = ("providers", "models", "presets", "variants", "keys")
+
+
+def _forget_broken(config: Config, reader: _Reader) -> None:
+    """Keys that callers were to use and that are not there are nobody's."""
+    for path, _ in reader.unset:
+        if path[0] == "keys":
+            config.keys.pop(str(path[1]), None)
+
+
+class _Lazily(Mapping[str, str]):
+    """A mapping that is made when it is first looked at."""
+
+    def __init__(self, make: Callable[[], Mapping[str, str]]) -> None:
+        self._make = functools.cache(make)
+
+    def __getitem__(self, name: str) -> str:
+        return self._make()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._make())
+
+    def __len__(self) -> int:
+        return len(self._make())
+
+
+class _Origins(Mapping[str, str]):
+    """Where each value of a file stands: looked up when somebody asks."""
+
+    def __init__(self, where: _Lines, raw: JsonObject) -> None:
+        self._where = where
+        self._paths = dict(_leaves(raw, ()))
+        self._named = {_dotted(path): path for path in self._paths}
+
+    def __getitem__(self, name: str) -> str:
+        path = self._named[name]
+        value = self._paths[path]
+        from_where = re.findall(r"\$\{(\w+)", value) if isinstance(value, str) else []
+        return ", from ".join([self._where.of(path), *from_where])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._named)
+
+    def __len__(self) -> int:
+        return len(self._named)
+
+
+def _leaves(value: Json, path: _KeyPath) -> Iterator[tuple[_KeyPath, Json]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    for name, one in inner:
+        here = (*path, name)
+        if isinstance(one, dict | list):
+            yield from _leaves(one, here)
+        yield here, one
 
 
 def _parse_text(text: str, name: str) -> JsonObject:
@@ -9465,48 +9913,56 @@ def _parse_text(text: str, name: str) -> JsonObject:
 class _Reader:
     """Walks a dataclass and a parsed table together, and notes what does not fit."""
 
-    def __init__(self, environ: Mapping[str, str]) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], read_file: Callable[[str], str] | None = None
+    ) -> None:
         self.found: list[tuple[_KeyPath, str]] = []
         self.unset: list[tuple[_KeyPath, str]] = []
+        self.files: tuple[str, ...] = ()
         self._environ = environ
+        self._read_file = read_file
 
     def table(self, kind: Callable[..., T], raw: Json, path: _KeyPath) -> T:
         """A dataclass from a table; fields that are wrong keep their defaults."""
-        known = _hints(kind)
+        specs = _specs(kind)
         values: dict[str, Any] = {}
         if not isinstance(raw, dict):
             self._mismatch(path, "a table", raw)
             raw = {}
         for name, value in raw.items():
-            if name in known:
-                values[name] = self.value(known[name], value, (*path, name))
-            else:
-                at = (*path, name)
-                self.problem(at, f"unknown key; {_near(name, known)}")
-        for spec in fields(kind):  # type: ignore[arg-type]  # kind is one of our dataclasses
-            given = values.get(spec.name)
+            spec = specs.get(name)
+            if spec is None:
+                self.problem((*path, name), f"unknown key; {_near(name, specs)}")
+                continue
+            at = (*path, name)
+            given = self.value(spec.kind, value, at)
             if given is not None:
-                self._limits(spec.metadata, given, (*path, spec.name))
-            elif spec.default is MISSING and spec.default_factory is MISSING:
-                if spec.name not in raw:
-                    self.problem((*path, spec.name), "this key is required")
-                values[spec.name] = _EMPTY.get(known[spec.name], "")
-            else:
-                values.pop(spec.name, None)
+                if spec.limits:
+                    self._limits(spec.limits, given, at)
+                values[spec.field] = given
+        for name, spec in specs.items():
+            if spec.required and spec.field not in values:
+                if name not in raw:
+                    self.problem((*path, name), "this key is required")
+                values[spec.field] = _EMPTY.get(spec.kind, "")
         return kind(**values)
 
     def value(self, kind: Any, raw: Json, path: _KeyPath) -> Any:
         """A value of a field's type, or None after noting what is wrong."""
         from typing import get_args, get_origin
 
+        if kind in _PLAIN_NAMES:
+            return self._plain(kind, raw, path)
         options = [option for option in get_args(kind) if option is not type(None)]
         if get_origin(kind) in (tuple, dict):
             return self._several(get_origin(kind), options, raw, path)
         if options:  # `X | None`: TOML has no null
             kind = options[0]
+        if kind in _READERS:
+            return _READERS[kind](self, raw, path)
         if is_dataclass(kind):
             return self.table(kind, raw, path)  # type: ignore[arg-type]  # it is a type
-        return self._protocols(raw, path) if kind is ProtocolRules else self._plain(kind, raw, path)
+        return self._plain(kind, raw, path)
 
     def _several(self, kind: Any, options: list[Any], raw: Json, path: _KeyPath) -> Any:
         if kind is tuple and isinstance(raw, list):
@@ -9523,14 +9979,94 @@ class _Reader:
             raw = float(raw)
         if not isinstance(raw, wanted) or (wanted is int and isinstance(raw, bool)):
             return self._mismatch(path, _PLAIN_NAMES[wanted], raw)
-        if wanted is str:
+        if wanted is str and "${" in raw:
             raw = self._substituted(raw, path)
-            if kind is Secret:
-                return Secret(raw)
+        if kind is Secret:
+            return Secret(self._from_file(raw, path))
         return raw
 
-    def _protocols(self, raw: Json, path: _KeyPath) -> ProtocolRules:
+    def _from_file(self, text: str, path: _KeyPath) -> str:
+        """A secret that is given as file:PATH."""
+        if not text.startswith("file:"):
+            return text
+        place = text.removeprefix("file:")
+        self.files = (*self.files, place)
+        if self._read_file is None:
+            return ""
+        try:
+            return self._read_file(place).strip()
+        except (OSError, UnicodeDecodeError) as exc:
+            why = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+            self.unset.append((path, f"the file {printable(place)} cannot be read: {why}"))
+            return ""
+
+    def anything(self, raw: Json, path: _KeyPath) -> Json:
+        """JSON of any form, with the variables in its strings put in."""
+        if isinstance(raw, str):
+            return self._substituted(raw, path) if "${" in raw else raw
+        if isinstance(raw, list):
+            return [self.anything(one, (*path, i)) for i, one in enumerate(raw)]
+        if isinstance(raw, dict):
+            return {key: self.anything(one, (*path, key)) for key, one in raw.items()}
+        if isinstance(raw, bool | int | float):
+            return raw
+        return self._mismatch(path, "JSON", str(raw))  # TOML has dates
+
+    def header_edits(self, raw: Json, path: _KeyPath) -> HeaderEdits:
+        """A table of headers, or a list of {name, value} and {name, delete}."""
+        put: dict[str, str] = {}
+        drop: list[str] = []
+        entries: list[tuple[_KeyPath, Json, Json]]
+        if isinstance(raw, dict):
+            entries = [((*path, name), name, value) for name, value in raw.items()]
+        elif isinstance(raw, list):
+            entries = []
+            for i, one in enumerate(raw):
+                facts, at = as_object(one), (*path, i)
+                for key in {*facts} - {"name", "value", "delete"}:
+                    self.problem((*at, key), "unknown key; allowed here: name, value, delete")
+                name, value = facts.get("name"), facts.get("value")
+                if not isinstance(name, str) or (value is None) is not (
+                    facts.get("delete") is True
+                ):
+                    self.problem(at, "expected {name, value} or {name, delete = true}")
+                else:
+                    entries.append((at, name, value))
+        else:
+            self._mismatch(path, "a table or a list", raw)
+            entries = []
+        for at, name, value in entries:
+            if value is None:
+                drop.append(name.lower())
+            elif (text := self._plain(str, value, at)) is not None:
+                put[name] = text
+            self._check_header(at, name, put.get(name, ""))
+        return HeaderEdits(put, tuple(drop))
+
+    def _check_header(self, path: _KeyPath, name: str, value: str) -> None:
+        if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or not is_header_text(value):
+            self.problem(path, "not fit for an HTTP header")
+        elif name.lower() in _OUR_HEADERS:
+            self.problem(path, "this header is not yours to set")
+
+    def rate_rules(self, raw: Json, path: _KeyPath) -> RateRules:
+        """A table of globs, or a list of tables with one glob each."""
+        rules: list[tuple[str, RateLimit]] = []
+        tables = raw if isinstance(raw, list) else [raw]
+        for table in tables:
+            if not isinstance(table, dict):
+                self._mismatch(path, "a table of model globs", table)
+                continue
+            for glob, limit in table.items():
+                rules.append((glob, self.table(RateLimit, limit, (*path, glob))))
+        # the longest glob wins, as the most particular one
+        return RateRules(tuple(sorted(rules, key=lambda rule: ("*" in rule[0], -len(rule[0])))))
+
+    def protocols(self, raw: Json, path: _KeyPath) -> ProtocolRules:
         table = raw if isinstance(raw, dict) else {"*": raw}
+        if isinstance(raw, list) and raw and all(isinstance(one, dict) for one in raw):
+            # as the original spells it: a list of tables with one glob each
+            table = {glob: names for one in raw for glob, names in one.items()}
         rules = []
         for glob, names in table.items():
             listed = names if isinstance(names, list) else [names]
@@ -9547,12 +10083,15 @@ class _Reader:
         return protocol
 
     def _limits(self, limits: Mapping[str, Any], value: Any, path: _KeyPath) -> None:
-        low, words = limits.get("low"), limits.get("words")
-        if low is not None and not low <= value < 1e12:
-            self.problem(path, f"expected {low:g} or more, got {show_json(value)}")
-        if words and value not in words:
-            said = f"expected one of {', '.join(words)}, got {show_json(value)}"
-            self.problem(path, f"{said}")
+        low, high, words = limits.get("low"), limits.get("high", 1e12), limits.get("words")
+        for one in value if isinstance(value, tuple) else (value,):
+            if low is not None and not low <= one <= high:
+                bound = f"{high:g} or less" if high < one < 1e12 else f"{low:g} or more"
+                self.problem(path, f"expected {bound}, got {show_json(one)}")
+            if words and one not in words:
+                said = f"expected one of {', '.join(filter(None, words))}, got {show_json(one)}"
+                near = near_misses(one, words, 1) if isinstance(one, str) else []
+                self.problem(path, f"{said}; did you mean {near[0]}?" if near else said)
 
     def _substituted(self, text: str, path: _KeyPath) -> str:
         expanded, missing = expand(text, self._environ)
@@ -9573,6 +10112,12 @@ class _Reader:
 
 _JSON_KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "a table"}
 _EMPTY = {Secret: Secret(""), str: "", tuple[Endpoint, ...]: ()}
+_READERS: dict[Any, Callable[[_Reader, Json, _KeyPath], Any]] = {
+    ProtocolRules: _Reader.protocols,
+    HeaderEdits: _Reader.header_edits,
+    RateRules: _Reader.rate_rules,
+    Any: _Reader.anything,
+}
 _PLAIN_NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true or false"}
 
 PROTOCOL_NAMES = {
@@ -9583,12 +10128,169 @@ PROTOCOL_NAMES = {
 }
 
 
+class _Spec(NamedTuple):
+    """A key of a table: the field that holds it, its type, its limits."""
+
+    field: str
+    kind: Any
+    limits: Mapping[str, Any]
+    required: bool
+
+
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _specs(kind: Any) -> dict[str, _Spec]:
+    """The keys that a table of a kind may have."""
     from typing import get_type_hints
 
     hints = get_type_hints(kind)
-    return {spec.name: hints[spec.name] for spec in fields(kind)}
+    return {
+        spec.metadata.get("key") or spec.name: _Spec(
+            spec.name,
+            hints[spec.name],
+            spec.metadata,
+            spec.default is MISSING and spec.default_factory is MISSING,
+        )
+        for spec in fields(kind)
+        if not spec.metadata.get("inner")
+    }
+
+
+def config_schema() -> JsonObject:
+    """A JSON Schema (draft 2020-12) of the configuration, for editors."""
+    definitions: dict[str, JsonObject] = {}
+    schema = _schema_of_table(Config, definitions)
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "bitrouter",
+        **schema,
+        "$defs": dict(sorted(definitions.items())),
+    }
+
+
+def _schema_of_table(kind: Any, definitions: dict[str, JsonObject]) -> JsonObject:
+    specs = _specs(kind)
+    schema: JsonObject = {
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            name: _schema_of(spec.kind, spec.limits, definitions) for name, spec in specs.items()
+        },
+    }
+    if required := [name for name, spec in specs.items() if spec.required]:
+        schema["required"] = required
+    said = (kind.__doc__ or "").split("Attributes:")[0].strip()
+    if said and not said.startswith(kind.__name__ + "("):  # what dataclasses write of themselves
+        schema["description"] = " ".join(said.split())
+    return schema
+
+
+def _schema_of(
+    kind: Any, limits: Mapping[str, Any], definitions: dict[str, JsonObject]
+) -> JsonObject:
+    from typing import get_args, get_origin
+
+    options = [option for option in get_args(kind) if option is not type(None)]
+    origin = get_origin(kind)
+    if origin is tuple:
+        return {"type": "array", "items": _schema_of(options[0], limits, definitions)}
+    if origin is dict:
+        inner = _schema_of(options[1], {}, definitions)
+        return {"type": "object", "additionalProperties": inner}
+    kind = options[0] if options else kind
+    if kind in _SCHEMAS:
+        return dict(_SCHEMAS[kind])
+    if is_dataclass(kind):
+        name = str(getattr(kind, "__name__", kind))
+        if name not in definitions:
+            definitions[name] = {}
+            definitions[name] = _schema_of_table(kind, definitions)
+        return {"$ref": f"#/$defs/{name}"}
+    schema: JsonObject = {"type": _JSON_NAMES[kind]}
+    if words := [word for word in limits.get("words") or () if word]:
+        schema["enum"] = words
+    if limits.get("low") is not None:
+        schema["minimum"] = limits["low"]
+    if limits.get("high", 1e12) < 1e12:
+        schema["maximum"] = limits["high"]
+    return schema
+
+
+_JSON_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
+_PROTOCOL_SCHEMA: JsonObject = {"enum": list(PROTOCOL_NAMES)}
+_PROTOCOLS_SCHEMA: JsonObject = {
+    "anyOf": [_PROTOCOL_SCHEMA, {"type": "array", "items": _PROTOCOL_SCHEMA}]
+}
+_RATE_SCHEMA: JsonObject = {
+    "type": "object", "additionalProperties": {"$ref": "#/$defs/RateLimit"},
+}  # fmt: skip
+_SCHEMAS: dict[Any, JsonObject] = {
+    Secret: {"type": "string", "description": "a key, ${VARIABLE}, file:PATH or request:HEADER"},
+    Any: {},
+    ProtocolRules: {
+        "anyOf": [
+            *_PROTOCOLS_SCHEMA["anyOf"],
+            {"type": "object", "additionalProperties": _PROTOCOLS_SCHEMA},
+            {
+                "type": "array",
+                "items": {"type": "object", "additionalProperties": _PROTOCOLS_SCHEMA},
+            },
+        ]
+    },
+    HeaderEdits: {
+        "anyOf": [
+            {"type": "object", "additionalProperties": {"type": "string"}},
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "name": {"type": "string"},
+                        "value": {"type": "string"},
+                        "delete": {"const": True},
+                    },
+                    "required": ["name"],
+                    "additionalProperties": False,
+                },
+            },
+        ]
+    },
+    RateRules: {"anyOf": [_RATE_SCHEMA, {"type": "array", "items": _RATE_SCHEMA}]},
+}
+
+
+class Setting(NamedTuple):
+    """One value of a configuration, to look at. origin: `file:line`, or `default`."""
+
+    key: str
+    value: Json
+    origin: str
+
+
+def settings_of(loaded: Loaded) -> Iterator[Setting]:
+    """Every value that is in force, without secrets."""
+    yield from _settings(loaded.config, "", loaded.origins)
+
+
+def _settings(value: Any, at: str, origins: Mapping[str, str]) -> Iterator[Setting]:
+    if isinstance(value, HeaderEdits):
+        value = {**dict.fromkeys(value.put, "[redacted]"), **dict.fromkeys(value.drop)}
+    elif isinstance(value, ProtocolRules | RateRules):
+        value = dict(value.rules)
+    if is_dataclass(value) and not isinstance(value, type):
+        for name, spec in _specs(type(value)).items():
+            yield from _settings(getattr(value, spec.field), f"{at}.{name}".lstrip("."), origins)
+    elif isinstance(value, dict) and value:
+        for name, one in value.items():
+            yield from _settings(one, f"{at}.{name}".lstrip("."), origins)
+    elif isinstance(value, tuple) and value and is_dataclass(value[0]):
+        for i, one in enumerate(value):
+            yield from _settings(one, f"{at}[{i}]", origins)
+    else:
+        shown = "[redacted]" if isinstance(value, Secret) and value else value
+        shown = list(shown) if isinstance(shown, tuple) else None if shown == {} else shown
+        if isinstance(shown, Secret):
+            shown = "(not set)"
+        yield Setting(at, shown, origins.get(at, "default"))
 
 
 def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -9690,60 +10392,221 @@ def _split_key(text: str) -> list[str]:
 
 def _check_references(config: Config, reader: _Reader) -> None:
     for ident, provider in config.providers.items():
-        _check_provider(ident, provider, reader)
-    at: _KeyPath
+        _check_provider(ident, provider, config, reader)
     names: dict[str, str] = {}
     for ident in config.providers:
         other = names.setdefault(provider_id(ident), ident)
         if other != ident or ident == "echo":
             said = f"is the same provider as {other}" if other != ident else "is built in"
             reader.problem(("providers", ident), f"{ident} {said}")
-    told = {path[:2] for path, _ in reader.found}
+    checker = _Checker(config, reader)
     for name, model in config.models.items():
-        if name == ECHO_MODEL:
-            reader.problem(("models", name), "this model is built in")
-        if not model.endpoints and ("models", name) not in told:
-            at = ("models", name, "endpoints")
-            reader.problem(at, "expected at least one")
-        for i, endpoint in enumerate(model.endpoints):
-            known = {*config.providers, *PROVIDERS, *ALIASES}
-            if endpoint.provider not in known:
-                at = ("models", name, "endpoints", i, "provider")
-                near = near_misses(endpoint.provider, known, 1)
-                hint = f"did you mean {near[0]}?" if near else "`bitrouter providers` lists them"
-                said = f"there is no provider {endpoint.provider!r}; {hint}"
-                reader.problem(at, f"{said}")
+        checker.model(name, model)
+    for name, preset in config.presets.items():
+        checker.preset(name, preset)
+    for name, variant in config.variants.items():
+        checker.variant(name, variant)
+    if len(set(config.provider_priority)) != len(config.provider_priority):
+        reader.problem(("provider_priority",), "a class stands in it twice")
     _check_server(config.server, reader)
 
 
-def _check_provider(ident: str, provider: ProviderConfig, reader: _Reader) -> None:
+_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
+
+
+class _Checker:
+    """Names that stand for something else must lead somewhere."""
+
+    def __init__(self, config: Config, reader: _Reader) -> None:
+        self._config = config
+        self._problem = reader.problem
+        self._told = {path[:2] for path, _ in reader.found}
+        self._providers = {*config.providers, *PROVIDERS, *ALIASES, "echo"}
+        self._declared = {one.id for p in config.providers.values() for one in p.models}
+
+    def model(self, name: str, model: VirtualModel) -> None:
+        at: _KeyPath = ("models", name)
+        if name == ECHO_MODEL:
+            self._problem(at, "this model is built in")
+        if name.startswith("@") or not name.strip():
+            self._problem(at, "no request could ask for it: names with @ are presets")
+        if not model.endpoints and at not in self._told:
+            self._problem((*at, "endpoints"), "expected at least one")
+        for i, endpoint in enumerate(model.endpoints):
+            here = (*at, "endpoints", i)
+            if at not in self._told:
+                self._provider(endpoint.provider, (*here, "provider"))
+            self._shaping(endpoint, here)
+        if model.endpoints and not any(endpoint.weight for endpoint in model.endpoints):
+            self._problem((*at, "endpoints"), "expected a weight above 0 for one of them")
+        self._shaping(model, at)
+
+    def preset(self, name: str, preset: Preset) -> None:
+        at: _KeyPath = ("presets", name)
+        if not _NAME.fullmatch(name):
+            self._problem(at, "expected a name of letters, digits, `.`, `_`, `+` and `-`")
+        if preset.model:
+            self._model_id(preset.model, (*at, "model"))
+        for i, model in enumerate(preset.fallbacks):
+            self._model_id(model, (*at, "fallbacks", i))
+        if not preset.system_prompt and preset.system_mode != "fill":
+            self._problem((*at, "system_mode"), "says nothing without a system_prompt")
+        if preset.candidates and preset.model:
+            self._problem((*at, "candidates"), "give model or candidates, not both")
+        for i, candidate in enumerate(preset.candidates):
+            self._candidate(name, candidate, (*at, "candidates", i))
+        if preset.candidates and not any(candidate.weight for candidate in preset.candidates):
+            self._problem((*at, "candidates"), "expected a weight above 0 for one of them")
+        self._routing(preset.routing, (*at, "routing"))
+        self._shaping(preset, at)
+
+    def variant(self, name: str, variant: Variant) -> None:
+        at: _KeyPath = ("variants", name)
+        if name in SORTS or name in SORT_ALIASES:
+            self._problem(at, "this variant is built in")
+        elif not _NAME.fullmatch(name):
+            self._problem(at, "expected a name of letters, digits, `.`, `_`, `+` and `-`")
+        self._routing(variant.routing, (*at, "routing"))
+
+    def _candidate(self, name: str, candidate: Candidate, at: _KeyPath) -> None:
+        other = self._config.presets.get(candidate.preset)
+        if bool(candidate.model) is bool(candidate.preset):
+            self._problem(at, "expected model or preset, one of them")
+        elif candidate.model:
+            self._model_id(candidate.model, (*at, "model"))
+        elif other is None:
+            near = near_misses(candidate.preset, self._config.presets, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self._problem(
+                (*at, "preset"), f"there is no preset {show_json(candidate.preset)}{hint}"
+            )
+        elif candidate.preset == name or not other.model:
+            self._problem((*at, "preset"), "expected another preset that has a model")
+
+    def _model_id(self, model: str, at: _KeyPath) -> None:
+        """Whether a model id may lead somewhere: any provider may serve what we do not know."""
+        base = model
+        place, separator, _ = split_place(model)
+        if separator == ":" and place not in self._providers:
+            base = model.rpartition(":")[0]
+        place, separator, _ = split_place(base)
+        if base.startswith("@"):
+            self._problem(at, "expected a model, not a preset")
+            return
+        known = base in self._config.models or base in self._declared or base == ECHO_MODEL
+        if known or find_model(base) or family_of(base.lower()):
+            return
+        if separator:
+            if separator == ":" or place in self._providers:
+                self._provider(place, at)
+            return
+        near = near_misses(base, [*self._config.models, *self._declared, *catalogue()], 1)
+        hint = f"did you mean {near[0]}?" if near else "`bitrouter models --all` lists them"
+        self._problem(at, f"nobody serves a model {show_json(base)}; {hint}")
+
+    def _provider(self, name: str, at: _KeyPath) -> None:
+        if name not in self._providers:
+            near = near_misses(name, self._providers, 1)
+            hint = f"did you mean {near[0]}?" if near else "`bitrouter providers` lists them"
+            self._problem(at, f"there is no provider {name!r}; {hint}")
+
+    def _routing(self, routing: Routing, at: _KeyPath) -> None:
+        for key in ("order", "only", "ignore"):
+            for i, name in enumerate(getattr(routing, key)):
+                self._provider(name, (*at, key, i))
+        only = {provider_id(name) for name in routing.only}
+        if only and only <= {provider_id(name) for name in routing.ignore}:
+            self._problem((*at, "ignore"), "nobody is left of `only`")
+        tags = {tag for p in self._config.providers.values() for tag in p.tags}
+        for i, tag in enumerate(routing.require_tags):
+            if tag not in tags:
+                self._problem((*at, "require_tags", i), f"no provider has the tag {show_json(tag)}")
+
+    def _shaping(self, shaping: Shaping, at: _KeyPath) -> None:
+        _check_edits(shaping.extra_body, at, self._problem)
+
+
+def _check_edits(
+    edits: tuple[BodyEdit, ...], at: _KeyPath, problem: Callable[[_KeyPath, str], None]
+) -> None:
+    for i, edit in enumerate(edits):
+        here = (*at, "extra_body", i)
+        if not re.fullmatch(r"(/([^~/]|~[01])*)+", edit.pointer):
+            said = f"expected a JSON pointer such as /a/b, got {show_json(edit.pointer)}"
+            problem((*here, "pointer"), said)
+        if edit.delete is (edit.value is not None):
+            problem(here, "expected a value, or delete = true")
+
+
+def _check_provider(ident: str, provider: ProviderConfig, config: Config, reader: _Reader) -> None:
     at: _KeyPath = ("providers", ident)
-    if provider_id(ident) not in PROVIDERS and not provider.api_base:
+    if not re.fullmatch(r"[\w.-]+", ident):
+        reader.problem(at, "expected an id of letters, digits, `.`, `_` and `-`")
+    if provider.derives:
+        _check_derives(ident, provider.derives, config, reader)
+    elif provider_id(ident) not in PROVIDERS and not provider.api_base:
         near = near_misses(ident, [*PROVIDERS, *ALIASES], 1)
         hint = f"did you mean {near[0]}?" if near else "one of your own needs an api_base"
         reader.problem(at, f"this provider is not known; {hint}")
     if provider.api_key and provider.accounts:
         reader.problem(at, "give api_key or accounts, not both")
-    bases: list[tuple[_KeyPath, str]] = [((*at, "api_base"), provider.api_base)]
-    for i, account in enumerate(provider.accounts):
-        bases.append(((*at, "accounts", i, "api_base"), account.api_base))
-    for where, base in bases:
-        if base and (wrong := base_problem(base)):
-            reader.problem(where, wrong)
+    _check_bases(at, provider, reader)
     labels = [_label(account, i) for i, account in enumerate(provider.accounts, 1)]
     for label in {label for label in labels if labels.count(label) > 1}:
         where = (*at, "accounts")
         reader.problem(where, f"two accounts are labelled {show_json(label)}")
-    for name, value in provider.extra_headers.items():
-        if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or not is_header_text(value):
-            where = (*at, "extra_headers", name)
-            reader.problem(where, "not fit for an HTTP header")
-        elif name.lower() in _OUR_HEADERS:
-            where = (*at, "extra_headers", name)
-            reader.problem(where, "this header is not yours to set")
+    _check_declared(at, provider, reader)
+    _check_edits(provider.extra_body, at, reader.problem)
     keys = [provider.api_key, *(account.api_key for account in provider.accounts)]
     if not all(is_header_text(key.reveal()) for key in keys if key):
         reader.problem(at, "a key holds a character that no header may hold")
+
+
+def _check_bases(at: _KeyPath, provider: ProviderConfig, reader: _Reader) -> None:
+    bases: list[tuple[_KeyPath, str]] = [((*at, "api_base"), provider.api_base)]
+    for i, account in enumerate(provider.accounts):
+        bases.append(((*at, "accounts", i, "api_base"), account.api_base))
+    for name, base in provider.protocol_endpoints.items():
+        bases.append(((*at, "protocol_endpoints", name), base))
+        if name not in PROTOCOL_NAMES:
+            said = f"expected one of {', '.join(ApiProtocol)}, got {show_json(name)}"
+            reader.problem((*at, "protocol_endpoints", name), said)
+    for where, base in bases:
+        if base and (wrong := base_problem(base)):
+            reader.problem(where, wrong)
+
+
+def _check_declared(at: _KeyPath, provider: ProviderConfig, reader: _Reader) -> None:
+    ids = Counter(model.id for model in provider.models)
+    for i, model in enumerate(provider.models):
+        here = (*at, "models", i)
+        if ids[model.id] > 1:
+            said = f"{show_json(model.id)} is declared {ids[model.id]} times"
+            reader.problem((*here, "id"), said)
+            ids[model.id] = 1
+        if model.extra_body:
+            _check_edits(model.extra_body, here, reader.problem)
+        levels = model.reasoning_effort
+        if levels.default and levels.levels and levels.default not in levels.levels:
+            said = f"expected one of levels, got {show_json(levels.default)}"
+            reader.problem((*here, "reasoning_effort", "default"), said)
+
+
+def _check_derives(ident: str, base: str, config: Config, reader: _Reader) -> None:
+    at = ("providers", ident, "derives")
+    seen = [ident]
+    while base:
+        if base in seen:
+            reader.problem(at, f"goes round in a circle: {' -> '.join([*seen, base])}")
+            return
+        seen.append(base)
+        given = config.providers.get(base)
+        if given is None and provider_id(base) not in PROVIDERS:
+            near = near_misses(base, [*config.providers, *PROVIDERS, *ALIASES], 1)
+            hint = f"did you mean {near[0]}?" if near else "`bitrouter providers` lists them"
+            reader.problem(at, f"there is no provider {base!r}; {hint}")
+            return
+        base = given.derives if given else ""
 
 
 _OUR_HEADERS = {
@@ -9764,6 +10627,12 @@ def _check_server(server: Server, reader: _Reader) -> None:
 
 def is_header_text(text: str) -> bool:
     return re.fullmatch(r"[\x20-\x7e]*", text) is not None
+
+
+def split_place(model: str) -> tuple[str, str, str]:
+    """`provider/model` or `provider:model`, at whichever comes first."""
+    found = re.match(r"([^/:]+)([/:])(.+)", model, re.DOTALL)
+    return (found[1], found[2], found[3]) if found else (model, "", "")
 
 
 def provider_id(name: str) -> str:
@@ -9836,6 +10705,7 @@ class ActiveProvider(NamedTuple):
         enabled_by: the variable that holds its key, or what else turned it on.
         rules: protocols by model, where the file says so; empty means what `bases` has.
         found: nobody named it; it listens where such servers do.
+        given: what the file says of it.
     """
 
     facts: Provider
@@ -9846,6 +10716,12 @@ class ActiveProvider(NamedTuple):
     rules: ProtocolRules = _SPEAKS_AS_KNOWN
     timeouts: Timeouts = Timeouts()
     found: bool = False
+    given: ProviderConfig = ProviderConfig()
+
+    @property
+    def like(self) -> str:
+        """The provider of the registry whose models and ways it shares."""
+        return self.facts.like or self.facts.id
 
 
 def active_providers(
@@ -9855,22 +10731,49 @@ def active_providers(
     active: dict[str, ActiveProvider] = {}
     warnings: list[str] = []
     own = {provider_id(ident): provider for ident, provider in config.providers.items()}
-    for ident in (*PROVIDERS, *(ident for ident in own if ident not in PROVIDERS)):
-        known = PROVIDERS.get(ident) or _unknown_provider(ident, own[ident])
-        found = _activate(known, own.get(ident), config, environ, warnings)
+    broken = {
+        provider_id(name): why
+        for (section, name), why in config.broken.items()
+        if section == "providers"
+    }
+    known = PROVIDERS if config.inherit_defaults else [i for i in PROVIDERS if i in own]
+    for ident in (*known, *(ident for ident in own if ident not in PROVIDERS)):
+        given = own.get(ident)
+        if given and not given.active:
+            continue
+        facts = PROVIDERS.get(ident) or _unknown_provider(ident, own)
+        found = _activate(facts, given, config, environ, warnings)
+        if found is None and ident in broken:
+            warnings.append(f"{ident} is off: {broken[ident]}")
         if found:
             active[ident] = found
     return active, warnings
 
 
-def _unknown_provider(ident: str, given: ProviderConfig) -> Provider:
-    """A provider that only the file knows: it speaks what the file says, or Chat Completions."""
+def _unknown_provider(ident: str, own: Mapping[str, ProviderConfig]) -> Provider:
+    """A provider that only the file knows: it speaks what the file says, or Chat Completions; one
+    that derives from another speaks what that one speaks."""
+    given = own[ident]
+    env = (ident.upper().replace("-", "_") + "_API_KEY",)
+    if given.derives:
+        base = provider_id(given.derives)
+        above = PROVIDERS.get(base) or _unknown_provider(base, own)
+        # A base of its own in the file is ours to move; a key is never shared.
+        return above._replace(id=ident, like=above.like or above.id, env=env)
     spoken = {p for _, protocols in given.api_protocol.rules for p in protocols}
+    spoken |= {PROTOCOL_NAMES[name] for name in given.protocol_endpoints if name in PROTOCOL_NAMES}
     for model in given.models:
         spoken |= {p for _, protocols in model.api_protocol.rules for p in protocols}
-    ordered = [p for p in ApiProtocol if p in spoken] or [ApiProtocol.CHAT_COMPLETIONS]
-    env = (ident.upper().replace("-", "_") + "_API_KEY",)
+    ordered = [p for p in ApiProtocol if p in spoken] or [_protocol_of_host(given.api_base)]
     return Provider(ident, dict.fromkeys(ordered, given.api_base), env)
+
+
+def _protocol_of_host(base: str) -> ApiProtocol:
+    host = urlsplit(base).hostname or ""
+    if host.endswith("anthropic.com"):
+        return ApiProtocol.MESSAGES
+    google = host.endswith("googleapis.com")
+    return ApiProtocol.GENERATE_CONTENT if google else ApiProtocol.CHAT_COMPLETIONS
 
 
 def _activate(
@@ -9885,7 +10788,8 @@ def _activate(
         warnings.append(f"{enabled_by} is ignored: it holds a character that no header may hold")
         keys = []
     override, by_base = _base_override(known, given, config, environ, warnings)
-    if not keys and (known.kind == "local" or known.id not in PROVIDERS) and override:
+    own_base = known.kind == "local" or known.id not in PROVIDERS
+    if not keys and own_base and override and not (given and (given.api_key or given.accounts)):
         keys, enabled_by = [("", Secret(""))], by_base
     if not keys:
         return None
@@ -9896,25 +10800,40 @@ def _activate(
             warnings.append(f"{known.id} is off: {enabled_by} is set, but {missing[0]} is not")
             return None
     given = given or ProviderConfig()
+    for name, base in given.protocol_endpoints.items():
+        bases[PROTOCOL_NAMES[name]] = base.rstrip("/")
     own_bases = {_label(a, i): a.api_base.rstrip("/") for i, a in enumerate(given.accounts, 1)}
     accounts = tuple(
         Account(label, key, _rebased(known, own) if (own := own_bases.get(label)) else bases)
         for label, key in keys
     )
-    limits = {k: v for k in _hints(SomeTimeouts) if (v := getattr(given.timeouts, k)) is not None}
-    facts = known._replace(bases=bases, headers={**known.headers, **_lowered(given.extra_headers)})
+    kind = _KIND_OF_CLASS.get(given.class_, known.kind)
+    headers = {**known.headers, **_lowered(given.extra_headers.put)}
     return ActiveProvider(
-        facts=facts,
+        facts=known._replace(bases=bases, headers=headers, kind=kind),
         accounts=accounts,
         enabled_by=enabled_by,
         balanced=given.account_strategy == "balance",
         models=given.models,
         rules=given.api_protocol,
-        timeouts=replace(config.upstream.timeouts, **limits),
+        timeouts=with_limits(config.upstream.timeouts, given.timeouts),
+        given=given,
     )
 
 
-def _lowered(headers: dict[str, str]) -> Headers:
+# Classes that the file may give a provider, as kinds of the registry.
+_KIND_OF_CLASS = {
+    "first-party-api": "api", "third-party-api": "api", "local": "local", "gateway": "gateway",
+    "bitrouter-cloud": "gateway", _SUBSCRIPTION: "plan",
+}  # fmt: skip
+
+
+def with_limits(timeouts: Timeouts, some: SomeTimeouts) -> Timeouts:
+    limits = {k: v for k in _specs(SomeTimeouts) if (v := getattr(some, k)) is not None}
+    return replace(timeouts, **limits) if limits else timeouts
+
+
+def _lowered(headers: Mapping[str, str]) -> Headers:
     return {name.lower(): value for name, value in headers.items()}
 
 
@@ -9925,7 +10844,11 @@ def _keys(
         named = [(_label(a, i), a.api_key) for i, a in enumerate(given.accounts, 1)]
         return [(label, key) for label, key in named if key], "the configuration"
     if given and given.api_key:
-        return _split_keys(given.api_key.reveal()), "the configuration"
+        text = given.api_key.reveal()
+        if text.startswith(_FROM_CALLER):
+            header = text.removeprefix(_FROM_CALLER)
+            return [("", given.api_key)], f"the caller's header {printable(header, 64)}"
+        return _split_keys(text), "the configuration"
     for name in known.env:
         if keys := _split_keys(environ.get(name, "")):
             return keys, name
@@ -9934,6 +10857,15 @@ def _keys(
 
 def _label(account: AccountConfig, number: int) -> str:
     return account.label or str(number)
+
+
+_FROM_CALLER = "request:"
+
+
+def header_of(key: Secret) -> str:
+    """The caller's header that a key is taken from; "" if it is a key."""
+    text = key.reveal()
+    return text.removeprefix(_FROM_CALLER).lower() if text.startswith(_FROM_CALLER) else ""
 
 
 def _split_keys(text: str) -> list[tuple[str, Secret]]:
@@ -10005,14 +10937,19 @@ def _rebased(known: Provider, override: str) -> dict[ApiProtocol, str]:
 # ---------------------------------------------------------------------------------------------
 # One resolver, for serving, for listing and for `bitrouter route`:
 #
-#     name in [models]     that chain
+#     name in [models]     its endpoints
+#     @preset              its model, or its candidates; then its fallbacks
+#     @preset/model        another model, with all else of the preset
+#     ...:variant          the same, ranked or narrowed by a variant
 #     echo/echo            the built-in model
 #     provider:model       exactly that provider, the model verbatim
 #     lab/model            the lab's own provider, then whoever else carries the model
 #     gateway/rest         that gateway, the rest verbatim
 #     model                whoever declares it, then as lab/model
 #
-# It decides on text alone, and remembers: a model id costs one look-up from its second use on.
+# Who may serve is decided here, on names and on what was configured, and remembered: a model id
+# costs one look-up from its second use on. Who goes first is decided anew for each request, in
+# `choosing`.
 
 _MAX_REMEMBERED = 4096
 
@@ -10031,6 +10968,159 @@ _TAKES_ANY = "takes any id"
 _KIND_RANK = {"api": 0, "local": 0, "gateway": 1, "plan": 2}
 
 
+class Wishes(NamedTuple):
+    """Whom a request wants to be served by, among those who can.
+
+    Attributes:
+        sort: one of SORTS; "" for none.
+        order: providers that go first, in this order.
+        max_input, max_output: US dollars per million tokens.
+    """
+
+    sort: str = ""
+    order: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+    allow_fallbacks: bool = True
+    require_parameters: bool = False
+    max_input: float | None = None
+    max_output: float | None = None
+
+
+NO_WISHES = Wishes()
+
+
+def wishes_of(routing: Routing) -> Wishes:
+    return Wishes(
+        SORT_ALIASES.get(routing.sort, routing.sort),
+        tuple(provider_id(name) for name in routing.order),
+        tuple(provider_id(name) for name in routing.only),
+        tuple(provider_id(name) for name in routing.ignore),
+        routing.require_tags,
+        routing.allow_fallbacks,
+        routing.require_parameters,
+        routing.max_price.input,
+        routing.max_price.output,
+    )
+
+
+def wishes_in(provider: JsonObject) -> Wishes:
+    """What a request's `provider` asks for. Raises BadRequest, naming the field.
+
+    wire: openrouter.ai/docs/features/provider-routing, read 2026-11: prices are per million
+    tokens there, too.
+    """
+    unknown = sorted(set(provider) - _WISH_FIELDS)
+    if unknown:
+        near = near_misses(unknown[0], _WISH_FIELDS, 1)
+        hint = (
+            f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_WISH_FIELDS))}"
+        )
+        said = f"provider.{printable(unknown[0], 64)}: this option is not known here; {hint}"
+        raise BadRequest(said, param=f"provider.{printable(unknown[0], 64)}")
+    sort = provider.get("sort")
+    sort = dig(sort, "by") if isinstance(sort, dict) else sort
+    sort = SORT_ALIASES.get(sort, sort) if isinstance(sort, str) else sort
+    if sort is not None and sort not in SORTS:
+        said = f"provider.sort: expected one of {', '.join(SORTS)}; got {show_json(sort)}"
+        raise BadRequest(said, param="provider.sort")
+    price = _option(provider, "max_price", dict) or {}
+    extra = sorted(set(price) - {"input", "output", "prompt", "completion"})
+    if extra:
+        where = f"provider.max_price.{printable(extra[0], 64)}"
+        raise BadRequest(f"{where}: expected input (or prompt) and output", param=where)
+    tags = provider.get("require_tags", provider.get("tags"))
+    fallbacks = _option(provider, "allow_fallbacks", bool)
+    return Wishes(
+        sort or "",
+        _named_providers(provider, "order"),
+        _named_providers(provider, "only"),
+        _named_providers(provider, "ignore"),
+        strings_in(tags, "provider.tags"),
+        fallbacks is not False,
+        _option(provider, "require_parameters", bool) is True,
+        _price_in(price, "input", "prompt"),
+        _price_in(price, "output", "completion"),
+    )
+
+
+_WISH_FIELDS = {
+    "order", "only", "ignore", "sort", "allow_fallbacks", "max_price", "require_parameters",
+    "tags", "require_tags",
+}  # fmt: skip
+
+
+def _option(provider: JsonObject, key: str, kind: type[T]) -> T | None:
+    value = provider.get(key)
+    return None if value is None else typed(value, kind, f"provider.{key}")
+
+
+def _named_providers(provider: JsonObject, key: str) -> tuple[str, ...]:
+    names = strings_in(provider.get(key), f"provider.{key}")
+    return tuple(provider_id(name.strip().lower()) for name in names)
+
+
+def _price_in(price: JsonObject, *names: str) -> float | None:
+    for name in names:
+        value = price.get(name)
+        with suppress(ValueError):
+            value = float(value) if isinstance(value, str) else value
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
+            where = f"provider.max_price.{name}"
+            said = f"{where}: expected US dollars per million tokens, got {show_json(value)}"
+            raise BadRequest(said, param=where)
+        return float(value)
+    return None
+
+
+def narrowed(wide: Wishes, more: Wishes) -> Wishes:
+    """Both sets of wishes at once: what one forbids, the other does not allow."""
+    if more is NO_WISHES or wide is NO_WISHES:
+        return wide if more is NO_WISHES else more
+    only = tuple(name for name in more.only if name in wide.only)
+    if bool(wide.only) is not bool(more.only):
+        only = wide.only or more.only
+    elif wide.only and not only:
+        only = ("",)  # nobody
+    return Wishes(
+        more.sort or wide.sort,
+        more.order or wide.order,
+        only,
+        (*wide.ignore, *more.ignore),
+        (*wide.tags, *more.tags),
+        wide.allow_fallbacks and more.allow_fallbacks,
+        wide.require_parameters or more.require_parameters,
+        _least(wide.max_input, more.max_input),
+        _least(wide.max_output, more.max_output),
+    )
+
+
+def _least(one: float | None, other: float | None) -> float | None:
+    return min((x for x in (one, other) if x is not None), default=None)
+
+
+class Shape(NamedTuple):
+    """What is made of a request on its way to a target.
+
+    Attributes:
+        params: fields that it gets where it lacks them.
+        edits: changes of the body that goes out.
+        drop: names of headers that do not travel.
+    """
+
+    params: Mapping[str, Json] = {}
+    system: str = ""
+    system_mode: str = "fill"
+    edits: tuple[BodyEdit, ...] = ()
+    drop: tuple[str, ...] = ()
+
+
+PLAIN = Shape()
+
+
 @dataclass(slots=True, eq=False)
 class Target:
     """One place that can serve one model: what an attempt is made at.
@@ -10043,6 +11133,14 @@ class Target:
         may_need_responses: OpenAI may serve the model on its Responses API alone.
         head: header lines that go with every request to it, the key among them.
         price: per million tokens; all None if it is not known.
+        like: the provider whose ways it has.
+        weight: its share where several are balanced.
+        limits: what it may be asked for in a minute: (whose limit, limit).
+        able: all that its model can do, if the file says so; None if nobody said anything.
+        inputs, context: what the model reads, in the catalogue's letters, and how much of it, in
+            tokens; "" and 0 if that is not known.
+        levels: of reasoning effort, if the file names them.
+        key_from: the caller's header that holds the key.
         key: what health is kept by.
     """
 
@@ -10060,10 +11158,23 @@ class Target:
     auth: str = "native"
     others: Mapping[ApiProtocol, str] = field(default_factory=dict)
     may_need_responses: bool = False
+    like: str = ""
+    shape: Shape = PLAIN
+    weight: float = 1.0
+    limits: tuple[tuple[tuple[str, ...], RateLimit], ...] = ()
+    able: frozenset[str] | None = None
+    inputs: str = ""
+    context: int = 0
+    levels: tuple[str, ...] = ()
+    key_from: str = ""
+    compatibility: ChatCompatibility | None = None
 
     @property
     def traits(self) -> Traits:
-        return traits_of(self.provider, self.model, self.protocol)
+        traits = traits_of(self.like or self.provider, self.model, self.protocol)
+        if self.compatibility and self.compatibility.token_limit_field:
+            return traits._replace(max_tokens_field=self.compatibility.token_limit_field)
+        return traits
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -10074,36 +11185,83 @@ class Target:
         return f"{self.provider}:{self.account}" if self.account else self.provider
 
 
-class _Candidate(NamedTuple):
-    """A provider and its own id for a model, before protocol and account are chosen."""
+class _Place(NamedTuple):
+    """A provider and its own id for a model, before protocol and account are chosen.
+
+    Attributes:
+        rank: who goes first, unless a ranking is asked for; 0 first.
+        whose: the shaping of the endpoint and of its virtual model, if it stands in one.
+    """
 
     provider: str
     model: str
     reason: str
+    rank: int = 0
+    whose: tuple[Shaping, ...] = ()
+    number: int = 0
+
+
+class Leg(NamedTuple):
+    """The targets for one model id of a chain.
+
+    Attributes:
+        order: `declared`, `balance`, or one of SORTS.
+        weight: its share among the legs of which one is drawn; 0 for one that has its place.
+    """
+
+    model: str
+    targets: tuple[Target, ...]
+    reasons: tuple[str, ...]
+    order: str = "balanced"
+    weight: float = 0.0
 
 
 class Route(NamedTuple):
     """What a model id comes to.
 
     Attributes:
-        chain: targets in order of preference.
+        chain: targets in order of preference, as far as names and prices tell.
+        reasons: why each is among them.
         left_out: who else was considered, and why not.
+        legs: the same targets, by model.
+        wishes: what was asked of the choice.
+        fixed: nothing is left to choose but what health says.
+        picky: some of the targets may not be able to do what a request needs.
     """
 
     model: str
     chain: tuple[Target, ...]
     reasons: tuple[str, ...]
     left_out: tuple[str, ...]
+    legs: tuple[Leg, ...] = ()
+    wishes: Wishes = NO_WISHES
+    fixed: bool = True
+    picky: bool = False
 
 
 class Listed(NamedTuple):
-    """A model that can be asked for."""
+    """A model that can be asked for.
+
+    Attributes:
+        able: what it can do, in the words of CAPABILITIES.
+    """
 
     id: str
     providers: tuple[str, ...]
     facts: Model | None
     context: int = 0
     max_output: int = 0
+    able: tuple[str, ...] = ()
+    price: Price = Price()
+
+
+class _Named(NamedTuple):
+    """A model id, taken apart."""
+
+    base: str
+    preset: Preset | None = None
+    preset_name: str = ""
+    wishes: Wishes = NO_WISHES
 
 
 class Router:
@@ -10112,17 +11270,42 @@ class Router:
     def __init__(self, config: Config, active: Mapping[str, ActiveProvider]) -> None:
         self.config = config
         self.active = dict(active)
-        self._remembered: dict[tuple[str, str], Route | BitrouterError] = {}
+        self._remembered: dict[Any, Route | BitrouterError] = {}
+        self._listing: list[Listed] | None = None
+        self._own: dict[str, dict[str, DeclaredModel]] = {}  # provider -> its ids -> what it says
+        self._by_id: dict[str, list[tuple[str, DeclaredModel]]] = {}  # our id -> who declares it
+        for ident, provider in self.active.items():
+            own = self._own[ident] = {}
+            for declared in provider.models:
+                own.setdefault(declared.provider_model_id or declared.id, declared)
+                own[declared.id] = declared
+                self._by_id.setdefault(declared.id, []).append((ident, declared))
+        ranks = [
+            *config.provider_priority,
+            *(c for c in CLASSES if c not in config.provider_priority),
+        ]
+        self._ranks = {name: rank for rank, name in enumerate(ranks)}
+        if "bitrouter-cloud" not in config.provider_priority:  # a gateway like the others
+            self._ranks["bitrouter-cloud"] = self._ranks["gateway"]
+        # Who shares the models of a provider of the registry, itself among them.
+        self._alike: dict[str, list[str]] = {}
+        for ident, provider in self.active.items():
+            self._alike.setdefault(provider.like, []).append(ident)
 
-    def resolve(self, model: str, op: Operation) -> Route:
-        """Raises NotFound, KeyMissing or ProtocolUnsupported, each with what would work."""
-        asked = (model, op.name)
+    def resolve(
+        self, model: str | tuple[str, ...], op: Operation, wishes: Wishes = NO_WISHES
+    ) -> Route:
+        """What a model id, or a chain of them, leads to.
+
+        Raises NotFound, KeyMissing, ProtocolUnsupported or BadRequest, each with what would work.
+        """
+        asked = (model, op.name, wishes)
         route = self._remembered.get(asked)
         if route is None:
             if len(self._remembered) >= _MAX_REMEMBERED:
                 self._remembered.clear()
             try:
-                route = self._resolve(model, op)
+                route = self._resolve(model, op, wishes)
             except BitrouterError as error:
                 route = error
             self._remembered[asked] = route
@@ -10130,156 +11313,443 @@ class Router:
             raise route.with_traceback(None)
         return route
 
-    def _resolve(self, model: str, op: Operation) -> Route:
+    def _resolve(self, model: str | tuple[str, ...], op: Operation, wishes: Wishes) -> Route:
         if model == ECHO_MODEL:
             return self._echo_route(op)
-        chain: list[Target] = []
-        reasons, left_out = [], []
-        for found in self._candidates(model):
-            provider = self.active.get(found.provider)
-            if provider is None:
-                left_out.append(f"{found.provider}: {_why_off(found.provider)}")
-                continue
-            protocol = spoken_for(op, self._spoken(provider, found.model))
-            if protocol is None:
-                left_out.append(f"{found.provider}: {_what_it_speaks(provider)}")
-                continue
-            targets = self._targets(provider, found.model, protocol)
-            chain += targets
-            reasons += [found.reason] * len(targets)
-        if chain:
-            return Route(model, tuple(chain), tuple(reasons), tuple(left_out))
-        raise self._why_nobody(model, op)
+        self._check_names(wishes)
+        left_out: list[str] = []
+        if isinstance(model, str):
+            legs, asked = self._legs(model, op, wishes, left_out), model
+        else:
+            legs, asked = self._several(model, op, wishes, left_out), ", ".join(model)
+        placed = [
+            (target, reason)
+            for leg in legs
+            for target, reason in zip(leg.targets, leg.reasons, strict=True)
+        ]
+        orders = {leg.order for leg in legs}
+        drawn = any(leg.weight for leg in legs)
+        return Route(
+            asked,
+            tuple(target for target, _ in placed),
+            tuple(reason for _, reason in placed),
+            tuple(dict.fromkeys(left_out)),
+            tuple(legs),
+            wishes if len(legs) != 1 else self._named(legs[0].model, wishes).wishes,
+            fixed=len(placed) == 1 or (orders <= {"declared", "balanced"} and not drawn),
+            picky=_differ([target for target, _ in placed]),
+        )
 
-    def _candidates(self, model: str) -> Iterator[_Candidate]:
+    def _several(
+        self, models: tuple[str, ...], op: Operation, wishes: Wishes, left_out: list[str]
+    ) -> list[Leg]:
+        """The chain of a request's own `models`: an unknown id is an error before any call."""
+        legs: list[Leg] = []
+        first: BitrouterError | None = None
+        for i, model in enumerate(models):
+            try:
+                legs += self._legs(model, op, wishes, left_out)
+            except (KeyMissing, ProtocolUnsupported) as error:
+                left_out.append(f"{printable(model)}: {error.message}")
+                first = first or error
+            except NotFound as error:
+                raise BadRequest(
+                    f"models[{i}]: {error.message}", code=error.code, param=f"models[{i}]"
+                ) from None
+        if not legs:
+            raise first or BadRequest("models: expected a model id", param="models")
+        return legs
+
+    def _named(self, model: str, wishes: Wishes) -> _Named:
+        """A model id taken apart. Raises BadRequest for a preset that is not there."""
+        if not model.startswith("@"):
+            base, wishes = self._without_variant(model, wishes)
+            return _Named(base, wishes=wishes)
+        found = re.match(r"@([^/:]*)(?:/(.+?))?(?::([^:/]+))?$", model, re.DOTALL)
+        name, base, variant = found.groups("") if found else (model[1:], "", "")
+        preset = self.config.presets.get(name)
+        if preset is None:
+            near = near_misses(name, self.config.presets, 2)
+            hint = (
+                f"did you mean {' or '.join('@' + n for n in near)}?"
+                if near
+                else (
+                    "the configuration has "
+                    + (", ".join("@" + n for n in self.config.presets) or "none")
+                )
+            )
+            said = f"model: there is no preset @{printable(name, 64)}; {hint}"
+            raise BadRequest(said, code="preset_not_found", param="model")
+        self._check_whole("presets", name)
+        wishes = narrowed(wishes_of(preset.routing), wishes)
+        if base and variant:
+            base = f"{base}:{variant}"
+        if base:
+            base, wishes = self._without_variant(base, wishes)
+        elif variant:
+            ranked = self._variant(variant)
+            if ranked is None:
+                known = ", ".join([*SORTS, *SORT_ALIASES, *self.config.variants])
+                said = f"model: there is no variant :{printable(variant, 64)}; known are {known}"
+                raise BadRequest(said, code="variant_not_found", param="model")
+            wishes = narrowed(wishes, ranked)
+        return _Named(base, preset, name, wishes)
+
+    def _without_variant(self, model: str, wishes: Wishes) -> tuple[str, Wishes]:
+        """A model id without the suffix that is a variant; any other suffix belongs to it."""
+        base, colon, suffix = model.rpartition(":")
+        if not colon or model in self.config.models or model in self._by_id:
+            return model, wishes
+        place, separator, _ = split_place(model)
+        if separator == ":" and provider_id(place) == provider_id(base):
+            return model, wishes  # provider:model, whatever the model is called
+        ranked = self._variant(suffix)
+        return (model, wishes) if ranked is None else (base, narrowed(wishes, ranked))
+
+    def _variant(self, name: str) -> Wishes | None:
+        if name in self.config.variants:
+            self._check_whole("variants", name)
+            return wishes_of(self.config.variants[name].routing)
+        name = SORT_ALIASES.get(name, name)
+        return Wishes(sort=name) if name in SORTS else None
+
+    def _check_whole(self, section: str, name: str) -> None:
+        """Raises Unset for something of the file that lacks a variable or a file."""
+        why = self.config.broken.get((section, name))
+        if why:
+            said = f"{section}.{name} cannot be used: {why}; set it and reload"
+            raise Unset(said, param="model")
+
+    def _check_names(self, wishes: Wishes) -> None:
+        known = {*PROVIDERS, *self.active, *self.config.providers, "echo", ""}
+        for key in ("order", "only", "ignore"):
+            for name in getattr(wishes, key):
+                if name not in known:
+                    near = near_misses(name, known, 1)
+                    hint = (
+                        f"did you mean {near[0]}?" if near else "`bitrouter providers` lists them"
+                    )
+                    said = f"provider.{key}: there is no provider {printable(name, 64)!r}; {hint}"
+                    raise BadRequest(said, param=f"provider.{key}")
+
+    def _legs(self, model: str, op: Operation, wishes: Wishes, left_out: list[str]) -> list[Leg]:
+        named = self._named(model, wishes)
+        preset, wishes = named.preset, named.wishes
+        if preset is None:
+            return [self._leg(named.base, op, wishes, (), left_out)._replace(model=model)]
+        legs: list[tuple[str, Wishes, tuple[Preset, ...], float]] = []
+        if named.base or preset.model:
+            base = named.base
+            if not base:
+                base, wishes = self._without_variant(preset.model, wishes)
+            legs.append((base, wishes, (preset,), 0.0))
+        elif preset.candidates:
+            legs += [self._candidate(one, preset, wishes) for one in preset.candidates]
+        else:
+            said = f"model: @{named.preset_name} has no model of its own; "
+            said += f"ask for @{named.preset_name}/PROVIDER/MODEL"
+            raise BadRequest(said, code="preset_without_model", param="model")
+        for fallback in preset.fallbacks:
+            base, wishes = self._without_variant(fallback, named.wishes)
+            legs.append((base, wishes, (preset,), 0.0))
+        return self._usable(legs, op, model, left_out)
+
+    def _candidate(
+        self, one: Candidate, preset: Preset, wishes: Wishes
+    ) -> tuple[str, Wishes, tuple[Preset, ...], float]:
+        inner = self.config.presets.get(one.preset)
+        shapes = (preset, inner) if inner else (preset,)
+        model = inner.model if inner else one.model
+        if inner:
+            self._check_whole("presets", one.preset)
+            wishes = narrowed(wishes_of(inner.routing), wishes)
+        base, wishes = self._without_variant(model, wishes)
+        return base, wishes, shapes, max(one.weight, 1e-9)
+
+    def _usable(
+        self,
+        legs: list[tuple[str, Wishes, tuple[Preset, ...], float]],
+        op: Operation,
+        asked: str,
+        left_out: list[str],
+    ) -> list[Leg]:
+        """The legs of a preset that lead somewhere; an error if none does."""
+        found: list[Leg] = []
+        first: BitrouterError | None = None
+        for base, wishes, shapes, weight in legs:
+            try:
+                leg = self._leg(base, op, wishes, shapes, left_out)
+                found.append(leg._replace(model=asked, weight=weight))
+            except BitrouterError as error:
+                left_out.append(f"{printable(base)}: {error.message}")
+                first = first or error
+        if not found and first:
+            raise first
+        return found
+
+    def _leg(
+        self,
+        model: str,
+        op: Operation,
+        wishes: Wishes,
+        shapes: tuple[Shaping, ...],
+        left_out: list[str],
+    ) -> Leg:
+        """The targets for one model, in their usual order."""
+        if model == ECHO_MODEL:
+            echo = self._echo_route(op)
+            return Leg(model, echo.chain, echo.reasons)
+        targets: list[Target] = []
+        reasons: list[str] = []
+        unwanted: list[str] = []
+        for place in self._ranked(model, wishes):
+            provider = self.active.get(place.provider)
+            if provider is None:
+                left_out.append(f"{place.provider}: {self._why_off(place.provider)}")
+                continue
+            protocol = spoken_for(op, self._spoken(provider, place.model))
+            if protocol is None:
+                left_out.append(f"{place.provider}: {_what_it_speaks(provider)}")
+                continue
+            price = self._price(provider, place.model)
+            why_not = _unwanted(provider, price, wishes)
+            if why_not:
+                unwanted.append(f"{place.provider}: {why_not}")
+                continue
+            here = self._targets(provider, place, protocol, price, shapes)
+            targets += here
+            reasons += [place.reason] * len(here)
+        left_out += unwanted
+        if not targets:
+            if unwanted:
+                said = f"{printable(model)}: no provider is left that is wanted: "
+                raise BadRequest(
+                    said + "; ".join(unwanted), code="no_eligible_provider", param="provider"
+                )
+            raise self._why_nobody(model, op)
+        virtual = self.config.models.get(model)
+        strategy = virtual.strategy if virtual else "cascade"
+        order = {"priority": "declared", "balance": "balance"}.get(strategy, wishes.sort)
+        return Leg(model, tuple(targets), tuple(reasons), order or "balanced")
+
+    def _ranked(self, model: str, wishes: Wishes) -> Iterable[_Place]:
+        """Who may serve a model, configured or not, as ranks and the request's `order` have it."""
+        places = list(self._candidates(model, wishes))
+        virtual = self.config.models.get(model)
+        if virtual and virtual.strategy != "cascade":
+            return places
+        listed = {name: n for n, name in enumerate(wishes.order)}
+
+        def rank(place: _Place) -> tuple[int, int]:
+            provider = self.active.get(place.provider)
+            given = provider.given.priority if provider else None
+            known = place.rank if given is None else given
+            return listed.get(place.provider, len(listed)), known
+
+        return sorted(places, key=rank)
+
+    def _candidates(self, model: str, wishes: Wishes = NO_WISHES) -> Iterator[_Place]:
         """Who may serve a model, best first, configured or not."""
         virtual = self.config.models.get(model)
         if virtual:
+            self._check_whole("models", model)
             for n, endpoint in enumerate(virtual.endpoints, 1):
                 ident = provider_id(endpoint.provider)
-                yield _Candidate(ident, self._own_id(ident, endpoint.service_id), f"endpoint {n}")
+                own = self._own_id(ident, endpoint.service_id)
+                rank = self._rank_of(ident, own=False)
+                whose = (virtual, endpoint)
+                yield _Place(ident, own, f"endpoint {n}", rank, whose, n)
             return
         seen = set()
-        for found in self._by_name(model):
+        for found in self._by_name(model, wishes):
             if found.provider not in seen:
                 seen.add(found.provider)
                 yield found
 
-    def _by_name(self, model: str) -> Iterator[_Candidate]:
+    def _rank_of(self, ident: str, *, own: bool) -> int:
+        """The rank of a provider's class. own: the model is its own lab's."""
+        provider = self.active.get(ident)
+        known = provider.facts if provider else PROVIDERS.get(ident)
+        kind = known.kind if known else "api"
+        if provider and provider.given.class_ in self._ranks:
+            return self._ranks[provider.given.class_]
+        if own:
+            return self._ranks["first-party-api"]
+        if ident == "bitrouter":
+            return self._ranks["bitrouter-cloud"]
+        classes = {"api": "third-party-api", "local": "local", "gateway": "gateway"}
+        return self._ranks.get(classes.get(kind, ""), len(self._ranks))
+
+    def _by_name(self, model: str, wishes: Wishes) -> Iterator[_Place]:
         declared = list(self._declared(model, found=False))
         yield from declared
-        yield from self._known(model, declared)
+        yield from self._known(model, declared, wishes)
         # Who only happens to listen on this machine never goes before who was meant.
         yield from self._declared(model, found=True)
 
-    def _known(self, model: str, declared: list[_Candidate]) -> Iterator[_Candidate]:
+    def _known(self, model: str, declared: list[_Place], wishes: Wishes) -> Iterator[_Place]:
         model = model.removeprefix("models/")
-        place, separator, rest = _split_place(model)
+        place, separator, rest = split_place(model)
         ident = provider_id(place)
         facts = find_model(model)
         if separator and (ident in PROVIDERS or ident in self.active):
             if separator == ":" or ident not in _LAB_OF:
-                yield _Candidate(ident, self._declared_id(ident, rest), "named in the model id")
+                yield _Place(ident, self._declared_id(ident, rest), "named in the model id")
             else:
-                yield from self._of_lab(ident, rest)
+                yield from self._of_lab(ident, rest, wishes)
         elif facts:
             lab, _, bare = facts.id.partition("/")
             own = next((p for p, name in _LAB_OF.items() if name == lab), "")
             as_written = bare if separator else model
-            yield from self._of_lab(own, as_written) if own else self._carriers(facts, "")
+            if own:
+                yield from self._of_lab(own, as_written, wishes)
+            else:
+                yield from self._carriers(facts, "", wishes)
         elif separator == "/":
-            yield from (_Candidate(other, model, _TAKES_ANY) for other in _OPEN_GATEWAYS)
+            yield from self._takers(model)
         elif not declared and not list(self._declared(model, found=True)):
             bare = model.lower().removeprefix("ft:")  # OpenAI's fine-tuned models
             family = family_of(bare)
             if family:
-                yield from self._of_lab(family, model)
+                yield from self._of_lab(family, model, wishes)
 
-    def _declared(self, model: str, *, found: bool) -> Iterator[_Candidate]:
+    def _takers(self, model: str) -> Iterator[_Place]:
+        for other in _OPEN_GATEWAYS:
+            yield _Place(other, model, _TAKES_ANY, self._rank_of(other, own=False))
+
+    def _declared(self, model: str, *, found: bool) -> Iterator[_Place]:
         """Providers whose own list of models, in the file or found, has this very id."""
-        for ident, provider in self.active.items():
-            for declared in provider.models if provider.found == found else ():
-                if declared.id == model:
-                    own = declared.provider_model_id or declared.id
-                    yield _Candidate(ident, own, "declares the model")
+        for ident, declared in self._by_id.get(model, ()):
+            if self.active[ident].found == found:
+                own = declared.provider_model_id or declared.id
+                rank = len(self._ranks) + 1 if found else 0
+                yield _Place(ident, own, "declares the model", rank)
 
-    def _of_lab(self, ident: str, model: str) -> Iterator[_Candidate]:
+    def _of_lab(self, ident: str, model: str, wishes: Wishes) -> Iterator[_Place]:
         """The lab's own provider first, then everybody else who carries the model."""
         lab = _LAB_OF[ident]
         facts = find_model(f"{lab}/{model}")
-        yield _Candidate(ident, self._own_id(ident, model), "the model's own provider")
+        rank = self._rank_of(ident, own=True)
+        for alike in sorted({ident, *self._alike.get(ident, ())}, key=lambda one: one != ident):
+            own = self._own_id(alike, model)
+            yield _Place(alike, own, "the model's own provider", rank)
         if facts:
-            yield from self._carriers(facts, ident)
-        known_as = facts.id if facts else f"{lab}/{model}"
-        yield from (_Candidate(other, known_as, _TAKES_ANY) for other in _OPEN_GATEWAYS)
+            yield from self._carriers(facts, ident, wishes)
+        yield from self._takers(facts.id if facts else f"{lab}/{model}")
 
-    def _carriers(self, facts: Model, own: str) -> Iterator[_Candidate]:
+    def _carriers(self, facts: Model, own: str, wishes: Wishes) -> Iterator[_Place]:
         def rank(ident: str) -> tuple[int, str]:
             return _KIND_RANK[PROVIDERS[ident].kind], ident
 
         others = [ident for ident in facts.carried if ident in PROVIDERS and ident != own]
         for ident in sorted(others, key=rank):
-            if PROVIDERS[ident].kind != "plan":
-                yield _Candidate(ident, facts.carried[ident][0], "carries the model")
+            for alike in sorted({ident, *self._alike.get(ident, ())}):
+                # A subscription is nobody's second choice.
+                if PROVIDERS[ident].kind != "plan" or alike in wishes.only:
+                    known = facts.carried[ident][0]
+                    at = self._rank_of(alike, own=False)
+                    yield _Place(alike, known, "carries the model", at)
 
     def _declared_id(self, ident: str, model: str) -> str:
         """A provider's own id for a model that the file declares; any other as it is."""
-        for declared in self.active[ident].models if ident in self.active else ():
-            if declared.id == model:
-                return declared.provider_model_id or declared.id
-        return model
+        declared = self._own.get(ident, {}).get(model)
+        return (declared.provider_model_id or declared.id) if declared else model
 
     def _own_id(self, ident: str, model: str) -> str:
         """A provider's own spelling of a model that the caller spelt another way."""
         declared = self._declared_id(ident, model)
         if declared != model:
             return declared
-        lab = _LAB_OF.get(ident)
+        like = self._like(ident)
+        lab = _LAB_OF.get(like)
         facts = find_model(f"{lab}/{model}") if lab else None
-        if facts and ident in facts.carried:
-            own = facts.carried[ident][0]
+        if facts and like in facts.carried:
+            own = facts.carried[like][0]
             if normal_id(model) in (normal_id(own), normal_id(facts.id.partition("/")[2])):
                 return own
         return model
 
-    def _spoken(self, provider: ActiveProvider, model: str) -> tuple[ApiProtocol, ...]:
-        for declared in provider.models:
-            if model in (declared.id, declared.provider_model_id) and (
-                spoken := declared.api_protocol.spoken(model)
-            ):
-                return spoken
-        return provider.rules.spoken(model) or tuple(provider.facts.bases)
+    def _like(self, ident: str) -> str:
+        return self.active[ident].like if ident in self.active else ident
 
-    def _targets(self, provider: ActiveProvider, model: str, protocol: ApiProtocol) -> list[Target]:
-        facts = provider.facts
-        price = self._price(provider, model)
+    def _spoken(self, provider: ActiveProvider, model: str) -> tuple[ApiProtocol, ...]:
+        declared = self._own.get(provider.facts.id, {}).get(model)
+        spoken = declared.api_protocol.spoken(model) if declared else ()
+        return spoken or provider.rules.spoken(model) or tuple(provider.facts.bases)
+
+    def _targets(
+        self,
+        provider: ActiveProvider,
+        place: _Place,
+        protocol: ApiProtocol,
+        price: Price,
+        shapes: tuple[Shaping, ...],
+    ) -> list[Target]:
+        facts, given = provider.facts, provider.given
+        declared = self._own.get(facts.id, {}).get(place.model)
+        own: tuple[Shaping, ...] = (given, declared) if declared else (given,)
+        virtual, endpoint = place.whose or (None, None)
+        above = (*shapes, virtual) if virtual else shapes
+        order = (*above, *own, endpoint) if endpoint else (*above, *own)
+        known = find_model(
+            f"{_LAB_OF[provider.like]}/{place.model}" if provider.like in _LAB_OF else place.model
+        )
+        compatible = declared.compatibility if declared else given.compatibility
+        chat = compatible.chat_completions
+        headers = {
+            **facts.headers,
+            **{
+                n.lower(): v
+                for one in order
+                if one is not given
+                for n, v in one.extra_headers.put.items()
+            },
+        }
+        timeouts = provider.timeouts
+        for one in (*shapes, *((declared,) if declared else ()), *place.whose):
+            timeouts = with_limits(timeouts, one.timeouts)
+        shape = _shape_of(order)
+        if isinstance(virtual, VirtualModel) and virtual.pricing.input is not None:
+            price = _declared_price(virtual.pricing)
         return [
             with_head(
                 Target(
                     provider=facts.id,
                     account=account.label,
-                    model=model,
+                    model=place.model,
                     protocol=protocol,
                     base=account.bases.get(protocol) or next(iter(account.bases.values())),
-                    secret=account.api_key,
-                    headers=dict(facts.headers),
-                    timeouts=provider.timeouts,
+                    secret=Secret("") if key_from else account.api_key,
+                    headers=dict(headers),
+                    timeouts=timeouts,
                     price=price,
                     balanced=provider.balanced,
                     auth=facts.auth,
                     others=account.bases,
+                    like=provider.like,
+                    shape=shape,
+                    weight=endpoint.weight if isinstance(endpoint, Endpoint) else 1.0,
+                    limits=_limits_of(provider, account, place, declared, endpoint),
+                    able=frozenset(declared.capabilities)
+                    if declared and declared.capabilities
+                    else None,
+                    inputs=known.inputs if known else "",
+                    context=(declared.context if declared else 0)
+                    or (known.context if known else 0),
+                    levels=declared.reasoning_effort.levels if declared else (),
+                    compatibility=None if chat == ChatCompatibility() else chat,
+                    key_from=key_from,
                 )
             )
             for account in provider.accounts
+            for key_from in [header_of(account.api_key)]
         ]
 
     def _price(self, provider: ActiveProvider, model: str) -> Price:
-        for declared in provider.models:
-            if model in (declared.id, declared.provider_model_id):
-                told = declared.pricing
-                if told.input is not None:
-                    return Price(told.input, told.output, told.cache_read, told.cache_write)
-        ident = provider.facts.id
+        declared = self._own.get(provider.facts.id, {}).get(model)
+        if declared and declared.pricing.input is not None:
+            return _declared_price(declared.pricing)
+        ident = provider.like
         facts = find_model(f"{_LAB_OF[ident]}/{model}" if ident in _LAB_OF else model)
         if facts is None or ident not in facts.carried:
             return Price(0.0, 0.0, 0.0, 0.0) if provider.facts.kind == "local" else Price()
@@ -10293,12 +11763,13 @@ class Router:
         none, free = Secret(""), Price(0.0, 0.0, 0.0, 0.0)
         protocol, timeouts = op.protocol, self.config.upstream.timeouts
         target = Target("echo", "", "echo", protocol, "", none, {}, timeouts, free)
-        return Route(ECHO_MODEL, (target,), ("built in",), ())
+        legs = (Leg(ECHO_MODEL, (target,), ("built in",)),)
+        return Route(ECHO_MODEL, (target,), ("built in",), (), legs)
 
     # What to say when nobody can serve it.
 
     def _why_nobody(self, model: str, op: Operation) -> BitrouterError:
-        candidates = list(self._candidates(model))
+        candidates = list(self._candidates(model, NO_WISHES))
         able = [c for c in candidates if c.provider in self.active]
         if able:
             return self._unsupported(model, op, able)
@@ -10316,9 +11787,7 @@ class Router:
             f"nobody here serves the model {shown!r}; {hint}", code="model_not_found", param="model"
         )
 
-    def _unsupported(
-        self, model: str, op: Operation, able: list[_Candidate]
-    ) -> ProtocolUnsupported:
+    def _unsupported(self, model: str, op: Operation, able: list[_Place]) -> ProtocolUnsupported:
         ways = [
             f"POST {GENERATE_PATHS[protocol]} ({found.provider})"
             for found in able
@@ -10331,56 +11800,190 @@ class Router:
             param="model",
         )
 
-    def _key_missing(self, model: str, first: _Candidate) -> KeyMissing:
+    def _key_missing(self, model: str, first: _Place) -> KeyMissing:
         variable = _missing_variable(first.provider)
         others = ", ".join(self.active) or "nothing"
+        why = self._unset(first.provider)
+        found = re.search(r"environment variable (\w+)", why)
+        variable = found[1] if found else variable
+        what = f"cannot be used: {why}" if why else "key is not set"
+        remedy = "set it" if why else f"set {variable}"
+        whose = f"{first.provider}, which" if why else f"{first.provider}, whose"
         return KeyMissing(
-            f"{printable(model)} is served by {first.provider}, whose key is not set: set "
-            f"{variable} in bitrouter's environment and restart it (configured now: {others})",
+            f"{printable(model)} is served by {whose} {what}: {remedy} in bitrouter's environment "
+            f"and restart it (configured now: {others})",
             param="model",
             extra={"provider": first.provider, "env": variable},
         )
 
+    def _why_off(self, ident: str) -> str:
+        given = self.config.providers.get(ident)
+        if given and not given.active:
+            return "switched off in the configuration"
+        if why := self._unset(ident):
+            return why
+        known = PROVIDERS.get(ident)
+        if known and known.kind == "local":
+            return "not running on this machine"
+        return f"{_missing_variable(ident)} is not set"
+
+    def _unset(self, ident: str) -> str:
+        """What the file's entry for a provider lacks."""
+        for (section, name), why in self.config.broken.items():
+            if section == "providers" and provider_id(name) == ident:
+                return why
+        return ""
+
     def listing(self) -> list[Listed]:
         """Every model that can be asked for by name, sorted."""
+        if self._listing is None:
+            self._listing = sorted(self._listed(), key=lambda one: one.id)
+        return self._listing
+
+    def _listed(self) -> Iterator[Listed]:
         listed: dict[str, Listed] = {}
         for model in catalogue().values():
-            providers = tuple(ident for ident in model.carried if ident in self.active)
-            plans = all(PROVIDERS[ident].kind == "plan" for ident in providers)
+            providers = tuple(
+                alike for ident in model.carried for alike in self._alike.get(ident, ())
+            )
+            plans = all(self.active[ident].facts.kind == "plan" for ident in providers)
             if providers and not plans:
+                able = _abilities(model)
                 listed[model.id] = Listed(
-                    model.id, providers, model, model.context, model.max_output
+                    model.id, providers, model, model.context, model.max_output, able, model.price
                 )
         for ident, provider in self.active.items():
             for declared in provider.models:
                 before = listed.get(declared.id)
                 also = (*(before.providers if before else ()), ident)
+                facts = find_model(declared.id) if not declared.capabilities else None
                 listed[declared.id] = Listed(
-                    declared.id, also, None, declared.context, declared.max_output
+                    declared.id,
+                    also,
+                    None,
+                    declared.context,
+                    declared.max_output,
+                    declared.capabilities or (_abilities(facts) if facts else ()),
+                    self._price(provider, declared.provider_model_id or declared.id),
                 )
         for name, virtual in self.config.models.items():
             ids = tuple(dict.fromkeys(provider_id(e.provider) for e in virtual.endpoints))
             listed[name] = Listed(name, tuple(ident for ident in ids if ident in self.active), None)
-        listed[ECHO_MODEL] = Listed(ECHO_MODEL, ("echo",), None)
-        return sorted((one for one in listed.values() if one.providers), key=lambda one: one.id)
+        for name in self.config.presets:
+            with suppress(BitrouterError):  # one that leads nowhere cannot be asked for
+                chain = self.resolve(f"@{name}", GENERATE[ApiProtocol.CHAT_COMPLETIONS]).chain
+                ids = tuple(dict.fromkeys(target.provider for target in chain))
+                listed[f"@{name}"] = Listed(f"@{name}", ids, None)
+        listed[ECHO_MODEL] = Listed(
+            ECHO_MODEL, ("echo",), None, able=("tools", "structured_outputs", "reasoning")
+        )
+        broken = {name for section, name in self.config.broken if section == "models"}
+        return (one for one in listed.values() if one.providers and one.id not in broken)
 
 
-def _split_place(model: str) -> tuple[str, str, str]:
-    """`provider/model` or `provider:model`, at whichever comes first."""
-    found = re.match(r"([^/:]+)([/:])(.+)", model, re.DOTALL)
-    return (found[1], found[2], found[3]) if found else (model, "", "")
+def _differ(targets: list[Target]) -> bool:
+    """Whether it depends on the request which targets can serve it."""
+    if any(target.able is not None or target.levels for target in targets):
+        return True
+    return len({(target.inputs, target.context) for target in targets}) > 1
+
+
+def _unwanted(provider: ActiveProvider, price: Price, wishes: Wishes) -> str:
+    """Why a request's wishes leave a provider out, or nothing."""
+    if wishes is NO_WISHES:
+        return ""
+    ident = provider.facts.id
+    missing = [tag for tag in wishes.tags if tag not in provider.given.tags]
+    reasons = (
+        (bool(wishes.only) and ident not in wishes.only, "not among `only`"),
+        (ident in wishes.ignore, "in `ignore`"),
+        (
+            not wishes.allow_fallbacks and bool(wishes.order) and ident not in wishes.order,
+            "not in `order`, and allow_fallbacks is false",
+        ),
+        (bool(missing), f"lacks the tag {''.join(missing[:1])}"),
+    )
+    said = next((why for applies, why in reasons if applies), "")
+    return (
+        said
+        or _too_dear("input", wishes.max_input, price.input)
+        or _too_dear("output", wishes.max_output, price.output)
+    )
+
+
+def _too_dear(kind: str, most: float | None, rate: float | None) -> str:
+    if most is None or (rate is not None and rate <= most):
+        return ""
+    if rate is None:
+        return f"its price is not known, and max_price.{kind} is {most:g}"
+    return f"costs {rate:g} per million {kind} tokens, and max_price.{kind} is {most:g}"
+
+
+def _shape_of(order: tuple[Shaping, ...]) -> Shape:
+    """Several shapings at once: of fields the first one's count, of edits the last one's."""
+    params: dict[str, Json] = {}
+    for one in order:
+        params = {**one.params, **params}
+    presets = [one for one in order if isinstance(one, Preset) and one.system_prompt]
+    system = presets[-1] if presets else None
+    shape = Shape(
+        params,
+        system.system_prompt if system else "",
+        system.system_mode if system else "fill",
+        tuple(edit for one in order for edit in one.extra_body),
+        tuple(dict.fromkeys(name for one in order for name in one.extra_headers.drop)),
+    )
+    return PLAIN if shape == PLAIN else shape
+
+
+def _limits_of(
+    provider: ActiveProvider,
+    account: Account,
+    place: _Place,
+    declared: DeclaredModel | None,
+    endpoint: Shaping | None,
+) -> tuple[tuple[tuple[str, ...], RateLimit], ...]:
+    """What a target may be asked for: each account has its own share, as at the vendors."""
+    ident = provider.facts.id
+    limits: list[tuple[tuple[str, ...], RateLimit]] = []
+    for glob, limit in provider.given.rate_limits.rules:
+        if matches_glob(glob, place.model) or (declared and matches_glob(glob, declared.id)):
+            limits.append(((ident, account.label, glob), limit))
+            break
+    if declared and declared.rate_limits != RateLimit():
+        limits.append(((ident, account.label, "", declared.id), declared.rate_limits))
+    if isinstance(endpoint, Endpoint) and endpoint.rate_limits != RateLimit():
+        at = (ident, account.label, "endpoint", place.model, str(place.number))
+        limits.append((at, endpoint.rate_limits))
+    return tuple(limits)
+
+
+def _declared_price(told: Pricing) -> Price:
+    tiers = tuple(
+        (tier.above_input_tokens, Price(tier.input, tier.output, tier.cache_read, tier.cache_write))
+        for tier in sorted(told.context_tiers, key=lambda tier: tier.above_input_tokens)
+    )
+    return Price(told.input, told.output, told.cache_read, told.cache_write, tiers)
+
+
+def _abilities(model: Model) -> tuple[str, ...]:
+    """What a model of the catalogue can do, in the words of CAPABILITIES."""
+    words = {
+        "i": "image_input", "a": "audio_input", "v": "video_input", "p": "file_input",
+    }  # fmt: skip
+    makes = {"i": "image_output", "a": "audio_output", "e": "embeddings"}
+    found = [words[letter] for letter in model.inputs if letter in words]
+    found += [makes[letter] for letter in model.outputs if letter in makes]
+    if "t" in model.outputs:
+        found += ["tools", "structured_outputs"]
+    if can_reason(model.id):
+        found.append("reasoning")
+    return tuple(found)
 
 
 def _missing_variable(ident: str) -> str:
     known = PROVIDERS.get(ident)
     return known.env[0] if known else ident.upper().replace("-", "_") + "_API_KEY"
-
-
-def _why_off(ident: str) -> str:
-    known = PROVIDERS.get(ident)
-    if known and known.kind == "local":
-        return "not running on this machine"
-    return f"{_missing_variable(ident)} is not set"
 
 
 def _what_it_speaks(provider: ActiveProvider) -> str:
@@ -10431,7 +12034,9 @@ def with_head(target: Target) -> Target:
 # A target that fails `failures` times within `window_s`, or says itself how long to stay away,
 # cools down: it moves to the end of every chain. It is not taken out: when nobody better is
 # left, an answer from a doubtful target is worth more than our own refusal. After the cool-down
-# one request probes it; success closes the breaker, failure opens it again.
+# one request probes it; success closes the breaker, failure opens it again. A target whose vendor
+# says that a limit is near moves behind those who have room; one that has used up a limit of the
+# configuration is not asked at all. How fast and how reliable targets are is measured here, too.
 
 _MAX_HEALTH = 10_000  # targets remembered; the oldest go first
 
@@ -10450,19 +12055,81 @@ class Health:
 
     def __init__(self, breaker: Breaker) -> None:
         self.breaker = breaker
+        self.limits = Limits()
+        self.meter = Meter()
         self._records: dict[tuple[str, str, str], _Record] = {}
         self._turns: dict[tuple[str, str], int] = {}  # whose account comes first, by model
+        self._shares: dict[tuple[str, ...], list[float]] = {}  # how far each is behind its share
+        self._room: dict[tuple[str, str, str], list[_Room]] = {}  # by what the vendors say
 
-    def order(self, chain: tuple[Target, ...], now: float) -> tuple[Target, ...]:
-        """A chain as it should be tried now: turns taken, those who cool down last."""
+    def order(
+        self, chain: tuple[Target, ...], now: float, first: tuple[str, str, str] | None = None
+    ) -> tuple[Target, ...]:
+        """A chain as it should be tried now: turns taken, those who cool down last.
+
+        Args:
+            first: the target that goes first if nothing is wrong with it, by its key.
+        """
         if len(chain) == 1:
             return chain
         if any(target.balanced for target in chain):
             chain = self._take_turns(chain)
-        if not self._records:
+        if first:
+            chain = tuple(sorted(chain, key=lambda target: target.key != first))
+        if not self._records and not self._room:
             return chain
-        waits = [self.cooling_s(target, now) for target in chain]
+        waits = [(self.cooling_s(t, now), self.is_near_limit(t, now)) for t in chain]
         return tuple(t for _, t in sorted(zip(waits, chain, strict=True), key=lambda pair: pair[0]))
+
+    def share(self, name: tuple[str, ...], weights: tuple[float, ...]) -> list[int]:
+        """Whose turn it is, by weight, and then the others: out of any stretch of requests each
+        gets its share, evenly spread (nginx's smooth weighted round robin)."""
+        behind = self._shares.get(name)
+        if behind is None or len(behind) != len(weights):
+            if len(self._shares) > _MAX_HEALTH:
+                self._shares.clear()
+            behind = self._shares[name] = [0.0] * len(weights)
+        for i, weight in enumerate(weights):
+            behind[i] += weight
+        best = max(range(len(weights)), key=lambda i: (weights[i] > 0, behind[i]))
+        behind[best] -= sum(weights)
+        return [
+            best,
+            *sorted((i for i in range(len(weights)) if i != best), key=lambda i: -weights[i]),
+        ]
+
+    def saw(self, target: Target, headers: Headers, now: float, wall_s: float) -> None:
+        """Note what a vendor's answer says of its limits."""
+        rooms = rooms_in(headers, now, wall_s)
+        if rooms:
+            if len(self._room) > _MAX_HEALTH:
+                self._room.clear()
+            self._room[target.key] = rooms
+
+    def is_near_limit(self, target: Target, now: float) -> bool:
+        """Whether the vendor is about to refuse the next request, by its own account."""
+        rooms = self._room.get(target.key)
+        if not rooms:
+            return False
+        if all(now >= room.until for room in rooms):
+            del self._room[target.key]
+            return False
+        return any(now < room.until and room.left <= max(1.0, room.limit * _NEAR) for room in rooms)
+
+    def room(self, now: float) -> dict[str, JsonObject]:
+        """What is left of the vendors' limits, for status pages."""
+        return {
+            "/".join(filter(None, key)): {
+                room.what: {
+                    "left": int(room.left),
+                    "limit": int(room.limit),
+                    "resets_in_s": round(room.until - now, 1),
+                }
+                for room in rooms
+                if room.until > now
+            }
+            for key, rooms in list(self._room.items())
+        }
 
     def cooling_s(self, target: Target, now: float) -> float:
         """Seconds until a target should be tried again; 0 if it may be now."""
@@ -10475,6 +12142,8 @@ class Health:
 
     def begin(self, target: Target, now: float, limit_s: float) -> bool:
         """An attempt starts. Returns whether it is the probe of a target that is half open."""
+        for room in self._room.get(target.key, ()):
+            room.left -= room.what == "requests"  # until the vendor says how much there is
         record = self._records.get(target.key)
         if record and record.open_until and now >= max(record.open_until, record.probing_until):
             record.probing_until = now + limit_s
@@ -10490,13 +12159,15 @@ class Health:
         if record:
             record.probing_until = 0.0
 
-    def failed(self, target: Target, error: UpstreamError, now: float) -> None:
+    def failed(self, target: Target, error: UpstreamError, now: float) -> bool:
+        """Returns whether the target begins to cool down."""
         record = self._records.setdefault(target.key, _Record())
         if len(self._records) > _MAX_HEALTH:
             self._records.pop(next(iter(self._records)))
         rules = self.breaker
         recent = [at for at in record.failed_at if now - at < rules.window_s]
         record.failed_at = [*recent[-rules.failures :], now]
+        before = record.open_until
         was_half_open = bool(record.open_until) and now >= record.open_until
         record.probing_until = 0.0
         at_once = isinstance(error, UpstreamKeyRefused | UpstreamNoCredit)
@@ -10505,6 +12176,12 @@ class Health:
             record.open_until = max(record.open_until, now + wait_s)
         elif error.retry_after_s:
             record.open_until = max(record.open_until, now + min(error.retry_after_s, 3600.0))
+        return record.open_until > max(now, before)
+
+    @property
+    def troubled(self) -> bool:
+        """Whether anything is known that changes the order of targets."""
+        return bool(self._records or self._room)
 
     def cooling(self, now: float) -> dict[str, float]:
         """Seconds left for every target that cools down, for status pages."""
@@ -10535,8 +12212,747 @@ class Health:
         return tuple(out)
 
 
+# What vendors say of their limits.
+
+_NEAR = 0.02  # of a limit, left: then others go first
+
+
+class _Room:
+    """What is left of one limit until it is reset."""
+
+    __slots__ = ("left", "limit", "until", "what")
+
+    def __init__(self, what: str, left: float, limit: float, until: float) -> None:
+        self.what, self.left, self.limit, self.until = what, left, limit, until
+
+
+def rooms_in(headers: Headers, now: float, wall_s: float) -> list[_Room]:
+    """wire: platform.openai.com/docs/guides/rate-limits, docs.claude.com/en/api/rate-limits and
+    console.groq.com/docs/rate-limits, read 2026-11: OpenAI's reset is a duration, Anthropic's a
+    date."""
+    found = []
+    for what, left, limit, reset in _ROOM_HEADERS:
+        if left not in headers:
+            continue
+        until = _reset_s(headers.get(reset, ""), wall_s)
+        try:
+            counts = float(headers[left]), float(headers.get(limit, 0))
+        except ValueError:
+            continue
+        if until and 0 <= counts[0] < 1e15 and 0 <= counts[1] < 1e15:
+            found.append(_Room(what, *counts, now + min(until, 3600.0)))
+    return found
+
+
+_ROOM_HEADERS = tuple(
+    (what, *(f"x-ratelimit-{fact}-{what}" for fact in ("remaining", "limit", "reset")))
+    for what in ("requests", "tokens")
+) + tuple(
+    (what, f"anthropic-ratelimit-{what}-remaining", f"anthropic-ratelimit-{what}-limit",
+     f"anthropic-ratelimit-{what}-reset")
+    for what in ("requests", "tokens", "input-tokens", "output-tokens")
+)  # fmt: skip
+
+
+def _reset_s(text: str, wall_s: float) -> float:
+    """Seconds until a reset that is told as a duration or as a date; 0 if it is not told."""
+    seconds = seconds_of(text)
+    if seconds is None and "T" in text:
+        from datetime import datetime
+
+        with suppress(ValueError):
+            seconds = datetime.fromisoformat(text).timestamp() - wall_s
+    return max(0.0, seconds or 0.0)
+
+
+# The configuration's own limits.
+
+_MINUTE_S = 60.0
+
+
+class _Window:
+    """What has been asked for in the last minute."""
+
+    __slots__ = ("spent", "times", "total")
+
+    def __init__(self) -> None:
+        self.times: deque[float] = deque()
+        self.spent: deque[tuple[float, int]] = deque()
+        self.total = 0
+
+    def forget(self, now: float) -> None:
+        while self.times and self.times[0] <= now - _MINUTE_S:
+            self.times.popleft()
+        while self.spent and self.spent[0][0] <= now - _MINUTE_S:
+            self.total -= self.spent.popleft()[1]
+
+
+class Limits:
+    """Sliding windows of a minute, exact for this process."""
+
+    def __init__(self) -> None:
+        self._windows: dict[tuple[str, ...], _Window] = {}
+
+    def wait_s(self, target: Target, tokens: int, now: float) -> float:
+        """Seconds until a target may be asked for something; 0 if it may be now."""
+        waits = [0.0]
+        for whose, limit in target.limits:
+            window = self._windows.get(whose)
+            if window is None:
+                continue
+            window.forget(now)
+            most = limit.requests_per_minute
+            if most is not None and len(window.times) >= most:
+                waits.append(window.times[len(window.times) - most] + _MINUTE_S - now)
+            if limit.tokens_per_minute is not None:
+                waits.append(_until_there_is_room(window, limit.tokens_per_minute, tokens, now))
+        return max(waits)
+
+    def take(self, target: Target, tokens: int, now: float) -> None:
+        """A request goes out. tokens: an estimate, until it is settled."""
+        for whose, limit in target.limits:
+            window = self._windows.setdefault(whose, _Window())
+            if limit.requests_per_minute is not None:
+                window.times.append(now)
+            if limit.tokens_per_minute is not None:
+                window.spent.append((now, tokens))
+                window.total += tokens
+
+    def settle(self, target: Target, more: int, now: float) -> None:
+        """What a request has used beyond its estimate, or less than it."""
+        for whose, limit in target.limits:
+            window = self._windows.get(whose)
+            if window is not None and limit.tokens_per_minute is not None and more:
+                window.spent.append((now, more))
+                window.total += more
+
+    def used(self, now: float) -> dict[str, JsonObject]:
+        """What has been used in the last minute, for status pages."""
+        for window in self._windows.values():
+            window.forget(now)
+        return {
+            "/".join(filter(None, whose)): {"requests": len(window.times), "tokens": window.total}
+            for whose, window in self._windows.items()
+        }
+
+
+def _until_there_is_room(window: _Window, most: int, tokens: int, now: float) -> float:
+    over = window.total + min(tokens, most) - most
+    if over <= 0:
+        return 0.0
+    for at, spent in window.spent:
+        over -= spent
+        if over <= 0:
+            return at + _MINUTE_S - now
+    return _MINUTE_S
+
+
+# How fast and how reliable.
+
+_HOUR_S = 3600.0
+_MAX_SAMPLES = 512
+
+
+class Speed(NamedTuple):
+    """How a target has done in the last hour.
+
+    Attributes:
+        ttft_s: the median time to the first token; None without an answer.
+        tokens_per_s: the median rate of output after it.
+        uptime: the share of attempts that were answered.
+    """
+
+    ttft_s: float | None = None
+    tokens_per_s: float | None = None
+    uptime: float = 1.0
+    answers: int = 0
+    failures: int = 0
+
+
+class _Gauge:
+    __slots__ = ("failures", "samples", "speed", "until")
+
+    def __init__(self) -> None:
+        self.samples: deque[tuple[float, bool, float, float | None]] = deque(maxlen=_MAX_SAMPLES)
+        self.failures: deque[float] = deque(maxlen=_MAX_SAMPLES)
+        self.speed: Speed | None = None
+        self.until = 0.0
+
+
+class Meter:
+    """Rolling figures of an hour, by provider and model."""
+
+    def __init__(self) -> None:
+        self._gauges: dict[tuple[str, str], _Gauge] = {}
+
+    def answered(
+        self, target: Target, stream: bool, ttft_s: float, rate: float | None, now: float
+    ) -> None:
+        """rate: output tokens per second, if it could be told."""
+        gauge = self._gauge(target)
+        gauge.samples.append((now, stream, ttft_s, rate))
+        gauge.speed = None
+
+    def failed(self, target: Target, now: float) -> None:
+        gauge = self._gauge(target)
+        gauge.failures.append(now)
+        gauge.speed = None
+
+    def speed(self, target: Target, now: float) -> Speed:
+        gauge = self._gauges.get((target.provider, target.model))
+        return _speed_of(gauge, now) if gauge else Speed()
+
+    def all(self, now: float) -> dict[str, JsonObject]:
+        """All figures, for status pages."""
+        shown = {}
+        for (provider, model), gauge in list(self._gauges.items()):
+            speed = _speed_of(gauge, now)
+            if speed.answers or speed.failures:
+                shown[f"{provider}/{model}"] = {
+                    "p50_ttft_ms": None if speed.ttft_s is None else round(speed.ttft_s * 1000, 1),
+                    "tokens_per_s": speed.tokens_per_s and round(speed.tokens_per_s, 1),
+                    "uptime": round(speed.uptime, 4),
+                    "answers": speed.answers,
+                    "failures": speed.failures,
+                }
+        return shown
+
+    def _gauge(self, target: Target) -> _Gauge:
+        key = target.provider, target.model
+        gauge = self._gauges.get(key)
+        if gauge is None:
+            if len(self._gauges) > _MAX_HEALTH:
+                self._gauges.pop(next(iter(self._gauges)))
+            gauge = self._gauges[key] = _Gauge()
+        return gauge
+
+
+def _speed_of(gauge: _Gauge, now: float) -> Speed:
+    if gauge.speed is not None and now < gauge.until:
+        return gauge.speed
+    recent = [sample for sample in gauge.samples if sample[0] > now - _HOUR_S]
+    failures = sum(at > now - _HOUR_S for at in gauge.failures)
+    # Of answers that came whole, the first token came with the last one: streams tell more.
+    waits = [ttft for _, stream, ttft, _ in recent if stream] or [ttft for _, _, ttft, _ in recent]
+    rates = [rate for *_, rate in recent if rate is not None]
+    uptime = len(recent) / (len(recent) + failures) if recent or failures else 1.0
+    gauge.speed = Speed(_median(waits), _median(rates), uptime, len(recent), failures)
+    gauge.until = now + _MINUTE_S  # what has grown old is dropped once a minute
+    return gauge.speed
+
+
+def _median(values: list[float]) -> float | None:
+    return sorted(values)[len(values) // 2] if values else None
+
+
 # ---------------------------------------------------------------------------------------------
-# 22. echo: the built-in model (pure)
+# 22. choosing: which of a route's targets a request goes to, and in what order (pure)
+# ---------------------------------------------------------------------------------------------
+# The second half of the resolver: what the request needs, what has been measured, whose turn it is,
+# where the conversation has been before.
+
+
+class Needs(NamedTuple):
+    """What a request needs of a model.
+
+    Attributes:
+        able: in the words of CAPABILITIES.
+        effort: of reasoning, as the request says it.
+        tokens: about how long the prompt is.
+    """
+
+    able: frozenset[str] = frozenset()
+    effort: str = ""
+    tokens: int = 0
+
+
+class Session(NamedTuple):
+    """A conversation.
+
+    Attributes:
+        key: its name; "" if there is none.
+        named: the caller gave it; otherwise it is made of how the conversation began.
+        goes_on: something has been answered in it.
+    """
+
+    key: str = ""
+    named: bool = False
+    goes_on: bool = False
+
+
+class Chosen(NamedTuple):
+    """
+    Attributes:
+        left_out: targets of the route that cannot serve this request, and why.
+        notes: what is to be said of a target's place, by its key.
+    """
+
+    chain: tuple[Target, ...]
+    left_out: tuple[str, ...] = ()
+    notes: Mapping[tuple[str, str, str], str] = {}
+
+
+_MEDIA_TYPES = {
+    "image_url": "image_input", "input_image": "image_input", "image": "image_input",
+    "input_audio": "audio_input", "video_url": "video_input", "input_video": "video_input",
+    "file": "file_input", "input_file": "file_input", "document": "file_input",
+}  # fmt: skip
+_MAX_WALK = 200_000  # values looked at; what comes after them counts as nothing
+
+
+def needs_of(body: JsonObject) -> Needs:
+    """What a request in any of the protocols needs."""
+    able: set[str] = set()
+    chars = 0
+    waiting: list[Json] = [
+        body.get(key)
+        for key in ("messages", "input", "contents", "system", "instructions", "tools",
+                    "systemInstruction", "system_instruction")
+    ]  # fmt: skip
+    for _ in range(_MAX_WALK):
+        if not waiting:
+            break
+        value = waiting.pop()
+        if isinstance(value, str):
+            chars += len(value)
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            kind = _MEDIA_TYPES.get(value["type"]) if isinstance(value.get("type"), str) else None
+            mime = next((m for k in _BLOBS if isinstance(m := dig(value, *k), str)), "")
+            if kind or mime:
+                able.add(kind or _MEDIA_KINDS.get(mime.partition("/")[0], "file_input"))
+                chars += 4 * _TOKENS_OF_MEDIA
+            else:
+                waiting += value.values()
+    settings = as_object(body.get("generationConfig", body.get("generation_config")))
+    if body.get("tools") or body.get("functions"):
+        able.add("tools")
+    formats = (
+        dig(body, "response_format", "type"), dig(body, "text", "format", "type"),
+        dig(body, "output_config", "format", "type"),
+    )  # fmt: skip
+    schemas = ("responseSchema", "responseJsonSchema", "response_schema", "response_json_schema")
+    if "json_schema" in formats or any(settings.get(name) for name in schemas):
+        able.add("structured_outputs")
+    effort = body.get("reasoning_effort") or dig(body, "reasoning", "effort")
+    effort = effort or dig(body, "output_config", "effort")
+    effort = effort or str(dig(settings, "thinkingConfig", "thinkingLevel") or "").lower()
+    effort = effort if effort in EFFORTS and effort != "none" else ""
+    if effort or dig(body, "thinking", "type") in ("enabled", "adaptive"):
+        able.add("reasoning")
+    return Needs(frozenset(able), effort, chars // 4)
+
+
+_BLOBS = (
+    ("inlineData", "mimeType"), ("inline_data", "mime_type"), ("inlineData", "mime_type"),
+    ("fileData", "mimeType"), ("file_data", "mime_type"),
+)  # fmt: skip
+_MEDIA_KINDS = {"image": "image_input", "audio": "audio_input", "video": "video_input"}
+_TOKENS_OF_MEDIA = 500  # at least about as much as a picture costs
+_READS = {
+    "image_input": "i", "audio_input": "a", "video_input": "v", "file_input": "p",
+}  # fmt: skip
+
+
+def _cannot(target: Target, needs: Needs) -> tuple[str, bool]:
+    """What a target cannot do of what is needed, or nothing; whether the file says so, or only
+    the catalogue, whose word is a hint."""
+    if target.able is not None and (missing := needs.able - target.able):
+        return f"cannot do {', '.join(sorted(missing))}", True
+    if target.levels and needs.effort and needs.effort not in target.levels:
+        return f"does not know the reasoning effort {needs.effort}", True
+    if target.context and needs.tokens > target.context:
+        said = f"about {needs.tokens} tokens do not fit its context of {target.context}"
+        return said, False
+    if target.inputs:
+        blind = sorted(word for word in needs.able & {*_READS} if _READS[word] not in target.inputs)
+        if blind:
+            return f"is not known for {blind[0]}", False
+    return "", False
+
+
+def session_of(headers: Headers, body: JsonObject, caller: str) -> Session:
+    """Which conversation a request belongs to.
+
+    wire: the headers and fields by which agents name theirs, as Codex 0.169, Claude Code 2.1 and
+    OpenRouter's clients send them, 2026-11.
+    """
+    turns = [one for key in ("messages", "input", "contents") for one in as_list(body.get(key))]
+    goes_on = bool(body.get("previous_response_id")) or any(
+        dig(turn, "role") in ("assistant", "model") or dig(turn, "type") in _ANSWERED
+        for turn in turns
+    )
+    named = next((headers[name] for name in _SESSION_HEADERS if headers.get(name)), "")
+    told = (body.get("prompt_cache_key"), body.get("session_id"), dig(body, "metadata", "user_id"))
+    named = named or next((one for one in told if isinstance(one, str) and one), "")
+    if named:
+        return Session(f"{caller} {named}", named=True, goes_on=goes_on)
+    first = next((turn for turn in turns if dig(turn, "role") in ("user", None)), body.get("input"))
+    keys = ("system", "instructions", "systemInstruction", "system_instruction")
+    begun = [body.get(key) for key in keys]
+    begun += [turn for turn in turns[:1] if dig(turn, "role") in ("system", "developer")]
+    text = repr((caller, begun, first))[:65_536]
+    mark = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+    return Session(mark, goes_on=goes_on)
+
+
+_SESSION_HEADERS = (
+    "x-session-id", "session_id", "session-id", "x-claude-code-session-id", "x-bitrouter-session",
+    "conversation_id", "thread-id",
+)  # fmt: skip
+_ANSWERED = ("function_call", "reasoning", "custom_tool_call", "local_shell_call")
+
+
+def choose(
+    route: Route,
+    needs: Needs | None,
+    health: Health,
+    now: float,
+    *,
+    draw: Callable[[], float] = lambda: 0.0,
+    first: tuple[str, str, str] | None = None,
+) -> Chosen:
+    """The targets for one request, in order. Raises BadRequest if nobody can do what it needs.
+
+    Args:
+        needs: None if they do not matter.
+        draw: a number from [0, 1), the same one for the same conversation.
+        first: the target at which the conversation is, by its key.
+    """
+    if route.fixed and not route.picky and route.wishes.allow_fallbacks:
+        return Chosen(health.order(route.chain, now, first))
+    left_out: list[str] = []
+    notes: dict[tuple[str, str, str], str] = {}
+    chain: list[Target] = []
+    for leg in _drawn(route.legs, draw):
+        chain += _in_order(leg, route, health, now, notes)
+    if needs is not None:
+        chain = _able(chain, needs, left_out)
+    if not route.wishes.allow_fallbacks and not route.wishes.order and chain:
+        alone = chain[0].provider, chain[0].model
+        chain = [target for target in chain if (target.provider, target.model) == alone]
+    unique = {(target.key, id(target.shape)): target for target in reversed(chain)}
+    ordered = tuple(t for t in chain if unique.pop((t.key, id(t.shape)), None))
+    return Chosen(health.order(ordered, now, first), tuple(left_out), notes)
+
+
+def _drawn(legs: tuple[Leg, ...], draw: Callable[[], float]) -> list[Leg]:
+    """The legs in their order; of those that have a weight, one is drawn, and then another."""
+    candidates = [leg for leg in legs if leg.weight]
+    if len(candidates) < 2:
+        return list(legs)
+    out: list[Leg] = []
+    at = draw()
+    while candidates:
+        point = at * sum(leg.weight for leg in candidates)
+        for leg in candidates:
+            point -= leg.weight
+            if point < 0:
+                break
+        out.append(leg)
+        candidates.remove(leg)
+        at = (at * 7919.0) % 1.0  # the same draws for the same conversation
+    return [*out, *(leg for leg in legs if not leg.weight)]
+
+
+def _in_order(
+    leg: Leg,
+    route: Route,
+    health: Health,
+    now: float,
+    notes: dict[tuple[str, str, str], str],
+) -> list[Target]:
+    targets = list(leg.targets)
+    if len(targets) < 2 or leg.order in ("declared", "balanced"):
+        return targets
+    if leg.order == "balance":
+        return _balanced(leg, health)
+    listed = {name: n for n, name in enumerate(route.wishes.order)}
+    speeds = {target.key: health.meter.speed(target, now) for target in targets}
+
+    def rank(target: Target) -> tuple[Any, ...]:
+        speed = speeds[target.key]
+        place = listed.get(target.provider, len(listed))
+        return place, *_RANKED[leg.order](target, speed), target.provider, target.account
+
+    for target in targets:
+        notes[target.key] = _measured(leg.order, target, speeds[target.key])
+    return sorted(targets, key=rank)
+
+
+def _balanced(leg: Leg, health: Health) -> list[Target]:
+    """The endpoints of a virtual model, by their weights; an endpoint's accounts stay together."""
+    runs: list[list[Target]] = []
+    for target, reason in zip(leg.targets, leg.reasons, strict=True):
+        same = (
+            runs
+            and runs[-1][0].provider == target.provider
+            and target.account
+            and (
+                runs[-1][0].model == target.model
+                and reason == leg.reasons[leg.targets.index(runs[-1][0])]
+            )
+        )
+        if same:
+            runs[-1].append(target)
+        else:
+            runs.append([target])
+    weights = tuple(run[0].weight for run in runs)
+    return [target for i in health.share((leg.model,), weights) for target in runs[i]]
+
+
+def blended(price: Price) -> float | None:
+    """US dollars per million tokens, three of four of them input."""
+    if price.input is None or price.output is None:
+        return None
+    return (3 * price.input + price.output) / 4
+
+
+def _by_cost(target: Target, speed: Speed) -> tuple[float, ...]:
+    cost = blended(target.price)
+    return (float("inf") if cost is None else cost, -speed.uptime, speed.failures)
+
+
+# Who has not been measured goes first, once, so as to be measured.
+def _by_latency(target: Target, speed: Speed) -> tuple[float, ...]:  # noqa: ARG001
+    unknown = -1.0 if speed.failures == 0 else float("inf")
+    wait = unknown if speed.ttft_s is None else speed.ttft_s
+    return (wait, -(speed.tokens_per_s or 0.0), -speed.uptime)
+
+
+def _by_throughput(target: Target, speed: Speed) -> tuple[float, ...]:  # noqa: ARG001
+    unknown = float("-inf") if speed.answers + speed.failures == 0 else 0.0
+    rate = unknown if speed.tokens_per_s is None else -speed.tokens_per_s
+    return (rate, speed.ttft_s or 0.0, -speed.uptime)
+
+
+_RANKED: dict[str, Callable[[Target, Speed], tuple[float, ...]]] = {
+    "cost": _by_cost,
+    "latency": _by_latency,
+    "throughput": _by_throughput,
+}
+
+
+def _measured(order: str, target: Target, speed: Speed) -> str:
+    """What a ranking is founded on."""
+    if order == "cost":
+        cost = blended(target.price)
+        return "its price is not known" if cost is None else f"${cost:g} per million tokens"
+    if order == "latency":
+        wait = speed.ttft_s
+        return "not measured yet" if wait is None else f"first token after {wait * 1000:.0f} ms"
+    rate = speed.tokens_per_s
+    return "not measured yet" if rate is None else f"{rate:.0f} tokens per second"
+
+
+def _able(chain: list[Target], needs: Needs, left_out: list[str]) -> list[Target]:
+    """Those who can do what is needed. What the catalogue says is believed only while somebody is
+    left; what the file says always."""
+    doubted: list[tuple[Target, str]] = []
+    able: list[Target] = []
+    refused: list[str] = []
+    for target in chain:
+        why, certain = _cannot(target, needs)
+        if not why:
+            able.append(target)
+        elif certain:
+            refused.append(f"{target.name}/{target.model}: {why}")
+        else:
+            doubted.append((target, why))
+    if able:
+        left_out += [*refused, *(f"{t.name}/{t.model}: {why}" for t, why in doubted)]
+        return able
+    if not doubted:
+        raise BadRequest(
+            f"no provider of this model can serve the request: {'; '.join(refused)}",
+            code="no_capable_provider",
+            param="model",
+        )
+    left_out += refused
+    return [target for target, _ in doubted]
+
+
+# ---------------------------------------------------------------------------------------------
+# 23. shaping: what the configuration puts into requests and takes out of them (pure)
+# ---------------------------------------------------------------------------------------------
+# Fields and system prompts go into the caller's own request, in its own protocol, before anything
+# else is made of it; `extra_body` changes what the provider gets. All by splicing: what is not
+# named keeps its bytes.
+
+
+# Where the protocols keep what Chat Completions calls so. Others keep nothing of the kind.
+# fmt: off
+_PARAMS: dict[str, tuple[str, str, str, str]] = {
+    # Chat Completions        its pointer              Responses             Messages
+    #                         generateContent
+    "temperature":           ("/temperature",          "/temperature",       "/temperature",
+                              "/generationConfig/temperature"),
+    "top_p":                 ("/top_p",                "/top_p",             "/top_p",
+                              "/generationConfig/topP"),
+    "top_k":                 ("/top_k",                "",                   "/top_k",
+                              "/generationConfig/topK"),
+    "max_tokens":            ("/max_tokens",           "/max_output_tokens", "/max_tokens",
+                              "/generationConfig/maxOutputTokens"),
+    "max_completion_tokens": ("/max_completion_tokens", "/max_output_tokens", "/max_tokens",
+                              "/generationConfig/maxOutputTokens"),
+    "stop":                  ("/stop",                 "",                   "/stop_sequences",
+                              "/generationConfig/stopSequences"),
+    "seed":                  ("/seed",                 "",                   "",
+                              "/generationConfig/seed"),
+    "presence_penalty":      ("/presence_penalty",     "",                   "",
+                              "/generationConfig/presencePenalty"),
+    "frequency_penalty":     ("/frequency_penalty",    "",                   "",
+                              "/generationConfig/frequencyPenalty"),
+    "reasoning_effort":      ("/reasoning_effort",     "/reasoning/effort",
+                              "/output_config/effort",
+                              "/generationConfig/thinkingConfig/thinkingLevel"),
+    "verbosity":             ("/verbosity",            "/text/verbosity",    "", ""),
+}
+# fmt: on
+_COLUMNS = {protocol: n for n, protocol in enumerate(ApiProtocol)}
+_LISTS = {"stop"}  # a list in every protocol but Chat Completions
+_SAME = {
+    "max_tokens": ("max_completion_tokens",),
+    "max_completion_tokens": ("max_tokens",),
+    "max_output_tokens": ("max_tokens",),
+}
+
+
+def shaped(document: Document, shape: Shape, protocol: ApiProtocol) -> Document:
+    """A caller's request with the fields and the system prompt of its shape."""
+    body = document.value
+    changes: list[Change] = []
+    for name, value in shape.params.items():
+        places = _PARAMS.get(name)
+        pointer = places[_COLUMNS[protocol]] if places else f"/{_escaped(name)}"
+        if not pointer or _is_set(body, pointer):
+            continue
+        if "generation_config" in body:
+            pointer = pointer.replace("/generationConfig/", "/generation_config/")
+        if (
+            name in _LISTS
+            and protocol is not ApiProtocol.CHAT_COMPLETIONS
+            and not isinstance(value, list)
+        ):
+            value = [value]
+        changes.append(Change(pointer, value))
+    if shape.system:
+        changes += _SYSTEMS[protocol](body, shape.system, shape.system_mode)
+    return document.changed(changes) if changes else document
+
+
+def _escaped(name: str) -> str:
+    return name.replace("~", "~0").replace("/", "~1")
+
+
+def _is_set(body: JsonObject, pointer: str) -> bool:
+    """Whether a request says something of a field, under any of its names."""
+    *above, last = pointer.split("/")[1:]
+    value: Json = body
+    for part in above:
+        value = as_object(value)
+        value = value.get(part, value.get(_snake(part)))
+    names = (last, _snake(last), *_SAME.get(last, ()))
+    return any(as_object(value).get(name) is not None for name in names)
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"[A-Z]", lambda found: "_" + found[0].lower(), name)
+
+
+def _system_in_chat(body: JsonObject, text: str, mode: str) -> list[Change]:
+    messages = as_list(body.get("messages"))
+    theirs = [n for n, one in enumerate(messages) if dig(one, "role") in _SYSTEM_ROLES]
+    mine = Change("/messages/0", {"role": "system", "content": text}, insert=True)
+    if not theirs:
+        return [mine]
+    if mode == "fill":
+        return []
+    if mode == "replace":
+        return [*(Change(f"/messages/{n}", delete=True) for n in reversed(theirs)), mine]
+    where, content = f"/messages/{theirs[0]}/content", messages[theirs[0]].get("content")
+    return [_before(where, content, text, {"type": "text", "text": text})]
+
+
+_SYSTEM_ROLES = ("system", "developer")
+
+
+def _system_in_responses(body: JsonObject, text: str, mode: str) -> list[Change]:
+    own, items = body.get("instructions"), as_list(body.get("input"))
+    theirs = [n for n, one in enumerate(items) if dig(one, "role") in _SYSTEM_ROLES]
+    if mode == "fill":
+        return [] if own or theirs else [Change("/instructions", text)]
+    if mode == "replace":
+        gone = [Change(f"/input/{n}", delete=True) for n in reversed(theirs)]
+        return [*gone, Change("/instructions", text)]
+    return [Change("/instructions", f"{text}\n\n{own}" if isinstance(own, str) and own else text)]
+
+
+def _system_in_messages(body: JsonObject, text: str, mode: str) -> list[Change]:
+    own = body.get("system")
+    if not own or mode == "replace":
+        return [Change("/system", text)]
+    part = {"type": "text", "text": text}
+    return [] if mode == "fill" else [_before("/system", own, text, part)]
+
+
+def _system_in_gemini(body: JsonObject, text: str, mode: str) -> list[Change]:
+    name = "system_instruction" if body.get("system_instruction") else "systemInstruction"
+    own = body.get(name)
+    if not own or mode == "replace":
+        return [Change(f"/{name}", {"parts": [{"text": text}]})]
+    if mode == "fill":
+        return []
+    if isinstance(own, str):
+        return [Change(f"/{name}", f"{text}\n\n{own}")]
+    return [_before(f"/{name}/parts", dig(own, "parts"), text, {"text": text})]
+
+
+def _before(pointer: str, own: Json, text: str, part: JsonObject) -> Change:
+    """Our text in front of theirs: of a string, or of a list of parts."""
+    if isinstance(own, list):
+        return Change(f"{pointer}/0", part, insert=True)
+    return Change(pointer, f"{text}\n\n{own}" if isinstance(own, str) and own else text)
+
+
+_SYSTEMS: dict[ApiProtocol, Callable[[JsonObject, str, str], list[Change]]] = {
+    ApiProtocol.CHAT_COMPLETIONS: _system_in_chat,
+    ApiProtocol.RESPONSES: _system_in_responses,
+    ApiProtocol.MESSAGES: _system_in_messages,
+    ApiProtocol.GENERATE_CONTENT: _system_in_gemini,
+}
+
+
+def finished(body: bytes, target: Target) -> bytes:
+    """A request's body as a target's configuration wants it."""
+    edits, compatible = target.shape.edits, target.compatibility
+    if not edits and compatible is None:
+        return body
+    document = Document(body)
+    if compatible and target.protocol is ApiProtocol.CHAT_COMPLETIONS:
+        document = document.changed(_compatible(document.value, compatible))
+    try:
+        return document.changed(Change(edit.pointer, edit.value, edit.delete) for edit in edits).raw
+    except BadRequest as error:
+        raise BadRequest(f"extra_body of {target.name}: {error.message}") from None
+
+
+def _compatible(body: JsonObject, wanted: ChatCompatibility) -> Iterator[Change]:
+    """What a server of Chat Completions does not take, taken out or called by its other name."""
+    if not wanted.supports_store:
+        yield Change("/store", delete=True)
+    if not wanted.supports_stream_options:
+        yield Change("/stream_options", delete=True)
+    for name in _SAME.get(wanted.token_limit_field, ()):
+        if name in body:
+            yield Change(f"/{name}", delete=True)
+            if wanted.token_limit_field not in body:
+                yield Change(f"/{wanted.token_limit_field}", body[name])
+
+
+# ---------------------------------------------------------------------------------------------
+# 24. echo: the built-in model (pure)
 # ---------------------------------------------------------------------------------------------
 # For trying things out with no key and no network. It repeats what the user said last, word by
 # word; `call NAME {json}` makes it call that tool; a JSON schema makes it return the schema's
@@ -10648,7 +13064,7 @@ def _stands_for(schema: JsonObject, root: JsonObject) -> Json:
 
 
 # ---------------------------------------------------------------------------------------------
-# 23. logs: one line per event, for people or for machines
+# 25. logs: one line per event, for people or for machines
 # ---------------------------------------------------------------------------------------------
 # `logging` is the front: one logger, `%`-arguments. The line of each request takes a short cut
 # past it (a LogRecord costs 8 us), to the same writer. Lines are gathered and written together:
@@ -10750,7 +13166,7 @@ def _logfmt(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 24. transport: the HTTP client: pool, TLS, proxies, deadlines
+# 26. transport: the HTTP client: pool, TLS, proxies, deadlines
 # ---------------------------------------------------------------------------------------------
 # asyncio's protocols rather than its streams, on both sides, because measurement says so: with
 # streams every event of an upstream wakes a task (+6 us) and every TLS connection holds a buffer
@@ -11449,7 +13865,7 @@ def origin_of(base: str) -> tuple[Origin, str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 25. memory: what is kept of conversations, for a while (pure)
+# 27. memory: what is kept of conversations, for a while (pure)
 # ---------------------------------------------------------------------------------------------
 
 
@@ -11489,7 +13905,7 @@ class Memory:
 
 
 # ---------------------------------------------------------------------------------------------
-# 26. fetch: media at a URL, for targets that want the bytes
+# 28. fetch: media at a URL, for targets that want the bytes
 # ---------------------------------------------------------------------------------------------
 # A URL in a prompt is a stranger's wish that we connect somewhere. So: https alone, to addresses of
 # the public Internet alone, looked up once and then connected to as looked up; few redirects,
@@ -11673,7 +14089,7 @@ def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadReques
 
 
 # ---------------------------------------------------------------------------------------------
-# 27. runtime: App: everything a request needs
+# 29. runtime: App: everything a request needs
 # ---------------------------------------------------------------------------------------------
 
 
@@ -11686,6 +14102,10 @@ class App:
         refused: provider and its model -> fields that it refused, to be left out from then on.
         states: caller and id of a call -> the reasoning and the state that came with it.
         turns: caller and id of a response -> the messages up to and with it.
+        conversations: caller, model and conversation -> the number that was drawn for it, and
+            the target that has its prompt cache warm, by its key.
+        local: the providers that were found on this machine.
+        reload: reads the configuration anew; None if there is nothing to read it from.
         may_fetch_from: whether media may be fetched from an address.
         draining: no new requests; running ones finish.
     """
@@ -11700,27 +14120,49 @@ class App:
         heartbeat_s: float = 15.0,
     ) -> None:
         """tick_s: how exact deadlines are. heartbeat_s: silence after which a stream says so."""
-        self.config = config
         self.environ = environ
         self.writer = writer
         self.heartbeat_s = heartbeat_s
-        active, self.warnings = active_providers(config, environ)
-        writer.hide(_secrets(config, active))
-        self.router = Router(config, active)
+        self.local: dict[str, ActiveProvider] = {}
         self.health = Health(config.upstream.breaker)
+        self.reloads = 0
+        self.reload: Callable[[Mapping[str, str]], Awaitable[JsonObject]] | None = None
+        self.configure(config)
         self.sweeper = Sweeper(tick_s)
         self.pool = Pool(self.sweeper, environ, config.upstream.timeouts.pool_idle_s)
-        self.callers = caller_keys(config, environ)
-        self.auth_required = auth_required(config)
         self.random = random.Random()  # noqa: S311  ids and jitter, not secrets
         self.started_at = time.monotonic()
         self.no_usage_option: set[str] = set()
         self.refused = Memory(4_096, 4_096, 3600.0)
         self.states = Memory(20_000, 64 * 1024 * 1024, 3600.0)
         self.turns = Memory(2_000, 64 * 1024 * 1024, 3600.0)
+        self.conversations = Memory(20_000, 20_000, 3600.0)
         self.may_fetch_from: Callable[[str], bool] = is_public
         self.draining = False
         self._tasks: set[asyncio.Task[Any]] = set()
+
+    def configure(self, config: Config) -> None:
+        """Serve by a configuration from now on. Requests that run finish by the old one; what is
+        known of targets' health stays."""
+        self.config = config
+        self.health.breaker = config.upstream.breaker
+        self.callers = caller_keys(config, self.environ)
+        self.auth_required = auth_required(config)
+        self.reroute()
+
+    def reroute(self) -> None:
+        """Resolve anew: by the configuration, and by what was found on this machine."""
+        active, self.warnings = active_providers(self.config, self.environ)
+        for ident, found in self.local.items():
+            given = active.get(ident)
+            if given is None:
+                active[ident] = found
+            else:
+                known = {model.id for model in given.models}
+                more = tuple(model for model in found.models if model.id not in known)
+                active[ident] = given._replace(models=(*given.models, *more))
+        self.writer.hide(_secrets(self.config, active))
+        self.router = Router(self.config, active)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something in the background, keep hold of it, and report it if it fails."""
@@ -11833,7 +14275,7 @@ def auth_required(config: Config) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# 28. callers: connections from callers
+# 30. callers: connections from callers
 # ---------------------------------------------------------------------------------------------
 # A connection assembles one whole request, then one coroutine serves it: the handler. While it
 # runs we go on reading, for that is how we learn that the caller hung up; what a caller sends
@@ -12292,7 +14734,7 @@ def _body_error(message: str) -> BitrouterError:
 
 
 # ---------------------------------------------------------------------------------------------
-# 29. exchange: one request to one target, and its answer on its way to the caller
+# 31. exchange: one request to one target, and its answer on its way to the caller
 # ---------------------------------------------------------------------------------------------
 # A target that speaks the caller's protocol gets the caller's bytes, but for model, key and usage,
 # and its answer goes back as it is. For any other target the request is read once, adapted and
@@ -12340,6 +14782,13 @@ class Call:
         asked_for_usage: and in this attempt we asked for it.
         as_array: the caller reads Google's JSON array instead of events.
         strict: the caller would rather have an error than a loss.
+        given: the document as the caller sent it, without what was meant for us; `document` has
+            the fields and the system prompt of the target's shape.
+        rules: how upstreams are dealt with, as it was when the request came.
+        needs: what it needs of a model, where that matters.
+        skipped: targets that would have gone first, and why they did not.
+        race: where several attempts run at once, what decides which one answers.
+        place: where in the chain the target stands.
         history: the messages that `previous_response_id` stands for, if we know them.
         no_reasoning: a target has refused the reasoning in the conversation.
         failed: attempts that came to nothing.
@@ -12363,6 +14812,19 @@ class Call:
     hide_usage: bool = False
     asked_for_usage: bool = False
     strict: bool = False
+    given: Document | None = None
+    rules: Upstream = field(default_factory=Upstream)
+    wishes: Wishes = NO_WISHES
+    models: tuple[str, ...] = ()
+    needs: Needs | None = None
+    session: Session | None = None
+    explain: bool = False
+    explained: JsonObject | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+    race: Race | None = None
+    place: int = 0
+    shape: Shape = PLAIN
+    told_headers: Headers = field(default_factory=dict)
     history: tuple[Message, ...] | None = None
     no_reasoning: bool = False
     failed: list[Attempt] = field(default_factory=list)
@@ -12394,6 +14856,16 @@ class Call:
             self._prompt = prompt._replace(model=self.model, stream=self.stream, messages=messages)
         return self._prompt
 
+    def take_shape(self, shape: Shape) -> None:
+        """Give the request the fields that go with a target. Raises BadRequest."""
+        if shape is self.shape or self.given is None:
+            return
+        plain = self.shape.params or self.shape.system or shape.params or shape.system
+        self.shape = shape
+        if plain:
+            self.document = shaped(self.given, shape, self.op.protocol)
+            self._prompt = None
+
     def translates(self, target: Target) -> bool:
         """Whether a target must be asked in other words than the caller's."""
         return target.protocol is not self.op.protocol or self.history is not None
@@ -12404,6 +14876,36 @@ class Call:
         if usage is not None and self.target is not None:
             cost = cost_nanousd(usage, self.target.price)
             self.cost_usd = None if cost is None else cost / 1e9
+
+
+class Race:
+    """Which of two attempts at one request answers it: the first that has something to say.
+
+    Attributes:
+        leader: the attempt that began first.
+        second: the other one runs.
+    """
+
+    __slots__ = ("leader", "on_won", "second", "winner")
+
+    def __init__(self, leader: Call, on_won: Callable[[Call], None]) -> None:
+        self.leader = leader
+        self.winner: Call | None = None
+        self.second = False
+        self.on_won = on_won
+
+    def won_by(self, call: Call) -> bool:
+        if self.winner is None:
+            self.winner = call
+            self.on_won(call)
+        return self.winner is call
+
+
+def _lost(call: Call) -> UpstreamError | None:
+    """What an attempt ends with when another one has answered in the meantime."""
+    if call.race is None or call.race.won_by(call):
+        return None
+    return UpstreamUnfit("another attempt was faster", code="hedge_lost")
 
 
 class _Outgoing(NamedTuple):
@@ -12524,6 +15026,8 @@ def _request(
     if "{model}" in suffix:
         suffix = suffix.replace("{model}", quote(target.model, safe="/-._~:@"))
     query = f"?{query}" if query else ""
+    if content_type == "application/json":
+        body = finished(body, target)
     lines = [f"POST {path}{suffix}{query} HTTP/1.1\r\n", target.head.reveal()]
     own_protocol = target.protocol is call.op.protocol
     for name, value in call.headers.items():
@@ -12531,10 +15035,13 @@ def _request(
         if by_prefix and _CREDENTIAL.search(name):
             continue
         if (by_prefix or name in _FORWARDED) and name not in target.headers:
+            if name in target.shape.drop or name == target.key_from:
+                continue
             lines.append(f"{name}: {value}\r\n")
     given = (own_protocol and "anthropic-version" in call.headers) or (
         "anthropic-version" in target.headers
     )
+    given = given or "anthropic-version" in target.shape.drop
     if target.protocol is ApiProtocol.MESSAGES and not given:
         lines.append(f"anthropic-version: {_ANTHROPIC_VERSION}\r\n")
     lines.append(
@@ -12560,10 +15067,17 @@ def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
         wanted = f"models/{target.model}"  # wire: as embedContent spells it; the path has it bare
     if named is not None and named != wanted:
         document.set("model", wanted)
-    call.asked_for_usage = call.hide_usage and target.provider not in app.no_usage_option
+    call.asked_for_usage = _asks_for_usage(app, call, target)
     if call.asked_for_usage:
         document.set_in("stream_options", "include_usage", True)
     return document.encoded(), "application/json"
+
+
+def _asks_for_usage(app: App, call: Call, target: Target) -> bool:
+    """Whether to ask for the usage that the caller did not ask for."""
+    known = target.compatibility
+    takes = known is None or known.supports_stream_options
+    return call.hide_usage and takes and target.provider not in app.no_usage_option
 
 
 def _unsealed_body(app: App, call: Call, target: Target, document: Document) -> bytes:
@@ -12574,7 +15088,7 @@ def _unsealed_body(app: App, call: Call, target: Target, document: Document) -> 
         return b""
     if "model" in body:
         body["model"] = target.model
-    call.asked_for_usage = call.hide_usage and target.provider not in app.no_usage_option
+    call.asked_for_usage = _asks_for_usage(app, call, target)
     if call.asked_for_usage:
         body["stream_options"] = {**as_object(body.get("stream_options")), "include_usage": True}
     return compact(body)
@@ -12614,6 +15128,12 @@ def set_form_field(
 
 async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
     """The caller's request in a target's words. Raises UpstreamUnfit if they cannot say it."""
+    prompt, undo, traits = _adapted(app, call, target)
+    prompt = await with_fetched_media(prompt, target.protocol, traits, app.may_fetch_from)
+    return _written(app, call, target, prompt, undo, traits)
+
+
+def _adapted(app: App, call: Call, target: Target) -> tuple[Prompt, Undo, Traits]:
     prompt, protocol, traits = call.prompt, target.protocol, target.traits
     losses = call.losses = Losses()
     if call.history is None and call.document and call.document.value.get("previous_response_id"):
@@ -12633,8 +15153,13 @@ async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
         name = other.get(traits.max_tokens_field, "max_tokens")
         traits = traits._replace(max_tokens_field=name)
     prompt, undo = adapt(prompt._replace(model=target.model), protocol, traits, losses)
-    prompt = await with_fetched_media(prompt, protocol, traits, app.may_fetch_from)
-    count = 1
+    return prompt, undo, traits
+
+
+def _written(
+    app: App, call: Call, target: Target, prompt: Prompt, undo: Undo, traits: Traits
+) -> _Outgoing:
+    protocol, losses, count = target.protocol, call.losses, 1
     if prompt.sampling.n > _MAX_FAN_OUT and protocol is not ApiProtocol.CHAT_COMPLETIONS:
         said = f"n: at most {_MAX_FAN_OUT} choices can be had of this model's provider"
         raise UpstreamUnfit(said, code="unsupported_parameter", param="n")
@@ -12643,7 +15168,7 @@ async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
         losses.add("fanned_out", "n", harmful=False)
         prompt = prompt._replace(stream=False, sampling=prompt.sampling._replace(n=1))
     body = CODECS[protocol].render_request(prompt, traits, losses)
-    for name in refused:
+    for name in refused_by(app, target):
         if body.pop(name, None) is not None:
             losses.add("refused_by_model", name)
     _refuse_losses(call, losses)
@@ -12652,6 +15177,15 @@ async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
         op, query = GEMINI_VERBS["streamGenerateContent"], "alt=sse"
     raw = _request(call, target, op.suffix, query, compact(body), "application/json")
     return _Outgoing(raw, _translation(app, call, target, undo, count), body, count)
+
+
+def preview(app: App, call: Call, target: Target) -> bytes:
+    """The request that a target would get; what it would lose is in the call's losses. Opens no
+    socket: media at a URL stay where they are. Raises BitrouterError."""
+    call.take_shape(target.shape)
+    if call.translates(target) and call.op.translates:
+        return _written(app, call, target, *_adapted(app, call, target)).raw
+    return _untranslated(app, call, target).raw
 
 
 def refused_by(app: App, target: Target) -> frozenset[str]:
@@ -12666,11 +15200,12 @@ _MAX_FAN_OUT = 8
 
 def _refuse_losses(call: Call, losses: Losses) -> None:
     harmful = [loss for loss in losses.found if loss.harmful]
-    if call.strict and harmful:
+    if (call.strict or call.wishes.require_parameters) and harmful:
         loss = harmful[0]
         raise UpstreamUnfit(
             f"{loss.field}: the model's provider cannot have it ({loss.code}), and "
-            "x-bitrouter-strict asks for no losses",
+            + ("x-bitrouter-strict" if call.strict else "provider.require_parameters")
+            + " asks for no losses",
             code="unsupported_parameter",
             param=loss.field,
         )
@@ -12764,6 +15299,8 @@ async def _fan_out(app: App, call: Call, reply: Reply, target: Target, outgoing:
     translation = outgoing.translation
     assert translation is not None  # noqa: S101  only translated requests fan out
     headers = JSON_HEADERS | served_by(call, target)
+    if lost := _lost(call):
+        raise lost
     call.first_at = time.monotonic()
     if call.stream:
         told = translation.many_as_stream(values)
@@ -12822,6 +15359,8 @@ def _answer(
     if not 200 <= head.status < 300:
         raise _refusal(call, target, head, body)
     value = _read_answer(call, target, body)
+    if lost := _lost(call):
+        raise lost
     headers = _answer_headers(call, target, head)
     if translation:
         translation.take_whole(value)
@@ -12903,6 +15442,7 @@ def _without_key(target: Target, body: bytes) -> bytes:
 
 def _answer_headers(call: Call, target: Target, head: ResponseHead) -> Headers:
     """The provider's headers that concern the caller, and ours that say who served it."""
+    call.told_headers = head.headers
     headers = returned_headers(head.headers)
     headers.setdefault("content-type", "application/json")
     return headers | served_by(call, target)
@@ -12927,7 +15467,22 @@ def served_by(call: Call, target: Target) -> Headers:
         "x-bitrouter-provider": target.provider,
         "x-bitrouter-model": printable(target.model),
         "x-bitrouter-attempts": str(call.attempts),
+        **(_told_of_the_choice(call) if call.skipped or call.explained else {}),
     }
+
+
+def _told_of_the_choice(call: Call) -> Headers:
+    """Who would have gone first, and why not; and the whole explanation, if it was asked for."""
+    headers: Headers = {}
+    if call.skipped:
+        told = ", ".join(f"{name} ({why})" for name, why in call.skipped.items())
+        headers["x-bitrouter-skipped"] = printable(told)[:1024]
+    if call.explained:
+        headers["x-bitrouter-explain"] = _ASCII_JSON(call.explained)
+    return headers
+
+
+_ASCII_JSON = json.JSONEncoder(separators=(",", ":")).encode
 
 
 # Answers, streamed.
@@ -13047,6 +15602,9 @@ class _StreamSink:
         """The first bytes: from here on this target's answer is the answer."""
         assert self._head is not None  # noqa: S101  a body comes after its head
         call, reply = self._call, self._reply
+        if lost := _lost(call):
+            self._fail(lost)
+            return
         call.first_at = time.monotonic()
         headers = _answer_headers(call, self._target, self._head) | _stream_headers(call)
         headers |= _warnings(call, self._translation)
@@ -13094,6 +15652,8 @@ class _StreamSink:
             self._reply.write(out)
         else:
             self._begin(out)
+        if self.done.done():
+            return
         if translation.paused:
             self.done.set_result(None)
         else:
@@ -13134,6 +15694,10 @@ class _RawSink:
         if not 200 <= head.status < 300:
             self._refused = []
             return
+        if lost := _lost(self._call):
+            self._refused = []
+            fail_future(self.done, lost)
+            return
         headers = _answer_headers(self._call, self._target, head)
         length = head.headers.get("content-length")
         if length and "content-encoding" not in head.headers:
@@ -13172,7 +15736,7 @@ class _RawSink:
 
 
 # ---------------------------------------------------------------------------------------------
-# 30. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
+# 32. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
 # ---------------------------------------------------------------------------------------------
 
 
@@ -13303,7 +15867,7 @@ async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 31. attempts: the loop of retries and fallbacks
+# 33. attempts: the loop of retries and fallbacks
 # ---------------------------------------------------------------------------------------------
 # For each target of the chain, in order: send; on a failure that another try may mend, wait a
 # little and try the same target again, or go on to the next. Once something has reached the
@@ -13312,16 +15876,35 @@ async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
 
 async def attempt_chain(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]) -> None:
     """Answer from the first target that can. Raises UpstreamError when none did."""
+    hedge_ms = call.rules.hedge_after_ms
     if call.op.counts:
         await count_tokens(app, call, reply, chain)
-        return
-    for target in app.health.order(chain, time.monotonic()):
-        retries = 0
+    elif hedge_ms is not None and len(chain) > 1 and call.op.generates:
+        await _hedged(app, call, reply, chain, hedge_ms / 1000)
+    else:
+        await _in_turn(app, call, reply, chain)
+
+
+async def _in_turn(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]) -> None:
+    waits: list[float] = []
+    asked = 0
+    for place, target in enumerate(chain):
+        race = call.race
+        if race and race.second and call is race.leader:
+            break  # the other attempt goes on from here
+        if asked:
+            await _back_off(call, asked)
+        call.place, retries = place, 0
         while True:
+            wait_s = _take(app, call, target)
+            if wait_s:
+                waits.append(wait_s)
+                break
+            asked += 1
             error = await _attempt(app, call, reply, target)
             if error is None:
                 return
-            pause_s = _pause_s(app, error, retries) if error.retryable else None
+            pause_s = _pause_s(app, call, error, retries) if error.retryable else None
             then = "retry" if pause_s is not None else "next" if error.retryable else "give_up"
             _note_failure(app, call, error, then)
             if not error.retryable:
@@ -13330,19 +15913,105 @@ async def attempt_chain(app: App, call: Call, reply: Reply, chain: tuple[Target,
                 break
             retries += 1
             await asyncio.sleep(pause_s)
+    if not call.failed and waits:
+        told = "; ".join(f"{name}: {why}" for name, why in call.skipped.items())
+        raise LimitReached(
+            f"all that could serve this is over its limit: {told}", retry_after_s=min(waits)
+        )
     raise _sum_up(call)
+
+
+def _take(app: App, call: Call, target: Target) -> float:
+    """Count a request against a target's limits; seconds to wait if that would be over them."""
+    if not target.limits:
+        return 0.0
+    now = time.monotonic()
+    if call.needs is None:
+        call.needs = needs_of(call.document.value) if call.document else Needs()
+    wait_s = app.health.limits.wait_s(target, call.needs.tokens, now)
+    if wait_s:
+        call.skipped[f"{target.name}/{target.model}"] = f"over its limit for {wait_s:.0f} s"
+        return max(wait_s, 0.001)
+    app.health.limits.take(target, call.needs.tokens, now)
+    return 0.0
+
+
+async def _back_off(call: Call, asked: int) -> None:
+    pauses = call.rules.fallback_backoff_ms
+    if pauses:
+        await asyncio.sleep(pauses[min(asked, len(pauses)) - 1] / 1000)
+
+
+async def _hedged(
+    app: App, call: Call, reply: Reply, chain: tuple[Target, ...], after_s: float
+) -> None:
+    """As in turn; but if nothing has come for a while, the next target is asked, too, and who
+    answers first answers. The other one is cancelled: nobody pays for what nobody reads."""
+    tasks: dict[asyncio.Task[None], Call] = {}
+
+    def won(winner: Call) -> None:
+        for task, racer in tasks.items():
+            if racer is not winner:
+                task.cancel()
+
+    leader = replace(call)
+    leader.race = race = Race(leader, won)
+    loop = asyncio.get_running_loop()
+    tasks[loop.create_task(_in_turn(app, leader, reply, chain))] = leader
+    try:
+        await asyncio.wait(tasks, timeout=after_s)
+        rest = chain[leader.place + 1 :]
+        if race.winner is None and rest and not all(task.done() for task in tasks):
+            race.second = True
+            second = replace(leader, failed=list(leader.failed), skipped=dict(leader.skipped))
+            tasks[loop.create_task(_in_turn(app, second, reply, rest))] = second
+        await _one_of(tasks, race)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        _adopt(call, race.winner or leader)
+    if race.winner is None:
+        errors = [task.exception() for task in tasks if not task.cancelled()]
+        seconds = [racer for racer in tasks.values() if racer is not leader]
+        for racer in seconds:
+            call.failed = [*call.failed, *racer.failed[len(leader.failed) :]]
+        surfaced = next((e for e in errors if e and not isinstance(e, AllAttemptsFailed)), None)
+        raise surfaced if surfaced and len(tasks) == 1 else _sum_up(call)
+
+
+async def _one_of(tasks: Mapping[asyncio.Task[None], Call], race: Race) -> None:
+    """Wait until one has answered, or all have failed."""
+    waiting = set(tasks)
+    while waiting:
+        done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if not task.cancelled() and (error := task.exception()):
+                if not isinstance(error, BitrouterError) or tasks[task] is race.winner:
+                    raise error
+            elif tasks[task] is race.winner:
+                return
+
+
+def _adopt(call: Call, winner: Call) -> None:
+    """What is known of the attempt that counted is known of the request."""
+    for spec in fields(Call):
+        setattr(call, spec.name, getattr(winner, spec.name))
 
 
 async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
     """Try one target once. The caller has its answer, or nothing at all and we have an error."""
-    target = call.target = _where_it_works(app, call, target)
     call.attempts += 1
+    call.target = target
+    try:
+        target = call.target = _prepared(app, call, target)
+    except UpstreamUnfit as error:
+        return error
     if target.provider == "echo":
         await echo(app, call, reply, target)
         return None
-    probes = call.op.generates and app.health.begin(
-        target, time.monotonic(), target.timeouts.total_s
-    )
+    started_at = time.monotonic()
+    probes = call.op.generates and app.health.begin(target, started_at, target.timeouts.total_s)
     try:
         if call.op.embeds and call.translates(target):
             await embed(app, call, reply, target)
@@ -13350,7 +16019,7 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
             await exchange(app, call, reply, target)
     except UpstreamError as error:
         if call.op.generates and _is_the_targets_fault(error):
-            app.health.failed(target, error, time.monotonic())
+            _blame(app, target, error)
         elif probes:
             app.health.abandoned(target)
         if _refuses_usage_option(app, call, target, error) or _learned(app, call, target, error):
@@ -13360,12 +16029,66 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
         if probes:
             app.health.abandoned(target)
         raise
-    if call.op.generates:
-        if call.broke is None:
-            app.health.succeeded(target)
-        elif isinstance(call.broke, UpstreamError) and _is_the_targets_fault(call.broke):
-            app.health.failed(target, call.broke, time.monotonic())
+    broke = call.broke
+    if broke is None:
+        _credit(app, call, target, started_at)
+    elif call.op.generates and isinstance(broke, UpstreamError) and _is_the_targets_fault(broke):
+        _blame(app, target, broke)
     return None
+
+
+def _prepared(app: App, call: Call, target: Target) -> Target:
+    """The target as this request is to be sent to it; the request gets its shape. Raises
+    BadRequest, or UpstreamUnfit if the request lacks the key."""
+    call.take_shape(target.shape)
+    target = _where_it_works(app, call, target)
+    name = target.key_from
+    if not name:
+        return target
+    if not call.headers.get(name):
+        said = f"{target.name} takes its key from the request's header {name}, and it has none"
+        raise UpstreamUnfit(said, status=401, kind=Kind.AUTH, code="provider_key_missing")
+    return with_head(replace(target, secret=Secret(call.headers[name])))
+
+
+def _blame(app: App, target: Target, error: UpstreamError) -> None:
+    now = time.monotonic()
+    if target.key_from and isinstance(error, UpstreamKeyRefused | UpstreamNoCredit):
+        return  # one caller's key says nothing about the next one's
+    app.health.meter.failed(target, now)
+    if app.health.failed(target, error, now):
+        facts = {"target": f"{target.name}/{printable(target.model)}"}
+        cooling_s = round(app.health.cooling_s(target, now), 1)
+        app.writer.event("cooling", {**facts, "seconds": cooling_s, "code": error.code})
+
+
+def _credit(app: App, call: Call, target: Target, started_at: float) -> None:
+    """An attempt has answered: note what it says of the target."""
+    now, usage = time.monotonic(), call.usage
+    if call.told_headers:
+        app.health.saw(target, call.told_headers, now, time.time_ns() / 1e9)
+    if not call.op.generates:
+        return
+    app.health.succeeded(target)
+    if target.limits and usage and call.needs:
+        more = usage.input_tokens + usage.output_tokens - call.needs.tokens
+        app.health.limits.settle(target, more, now)
+    first_at = call.first_at or now
+    took_s = now - (first_at if call.stream else started_at)
+    rate = usage.output_tokens / took_s if usage and usage.output_tokens and took_s > 0 else None
+    app.health.meter.answered(target, call.stream, first_at - started_at, rate, now)
+    session = call.session
+    if session and (session.named or (usage and _is_warm(usage))):
+        at = (call.model, session.key)
+        drawn, _ = app.conversations.get(at, now) or (None, None)
+        app.conversations.put(at, (drawn, target.key), now, 1)
+
+
+_LEAST_CACHED = 1024  # tokens; shorter prompts are cached nowhere
+
+
+def _is_warm(usage: Usage) -> bool:
+    return usage.input_tokens >= _LEAST_CACHED or usage.cached_tokens > 0
 
 
 def _is_the_targets_fault(error: UpstreamError) -> bool:
@@ -13477,9 +16200,9 @@ def _note_failure(app: App, call: Call, error: UpstreamError, then: str) -> None
     app.writer.event("attempt_failed", facts, level="warning")
 
 
-def _pause_s(app: App, error: UpstreamError, retries: int) -> float | None:
+def _pause_s(app: App, call: Call, error: UpstreamError, retries: int) -> float | None:
     """How long to wait before the same target is tried again; None if it is not."""
-    rules = app.config.upstream.retry
+    rules = call.rules.retry
     if retries >= rules.max and not (retries == 0 and error.code == "upstream_malformed_tool_call"):
         return None
     jitter_s = app.random.uniform(0, min(rules.max_ms, rules.base_ms * 2**retries)) / 1000
@@ -13520,7 +16243,131 @@ def _counted(messages: list[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 32. pipeline: one request's life; the handlers
+# 34. explain: whom a request goes to, and why
+# ---------------------------------------------------------------------------------------------
+
+
+def pick(app: App, call: Call, route: Route) -> tuple[Target, ...]:
+    """The targets for a request, in order. Raises BadRequest if none can do what it needs."""
+    if len(route.chain) == 1 and not route.picky and not call.explain:
+        return route.chain
+    now = time.monotonic()
+    body = call.document.value if call.document else {}
+    if route.picky:
+        call.needs = needs_of(body)
+    first: tuple[str, str, str] | None = None
+    drawn: float | None = None
+    weighed = any(leg.weight for leg in route.legs)
+    if call.op.generates and len(route.chain) > 1:
+        session = call.session = session_of(call.headers, body, call.caller)
+        at = (call.model, session.key)
+        if session.named or session.goes_on:
+            drawn, first = app.conversations.get(at, now) or (None, None)
+        if weighed and drawn is None:
+            drawn = share_of(session.key) if session.named else app.random.random()
+            app.conversations.put(at, (drawn, first), now, 1)
+    chosen = choose(route, call.needs, app.health, now, draw=lambda: drawn or 0.0, first=first)
+    if app.health.troubled:
+        for target in chosen.chain:
+            if wait_s := app.health.cooling_s(target, now):
+                call.skipped[f"{target.name}/{target.model}"] = f"cooling down for {wait_s:.0f} s"
+            elif app.health.is_near_limit(target, now):
+                call.skipped[f"{target.name}/{target.model}"] = "near its vendor's limit"
+    if call.explain:
+        call.explained = _bounded(explanation(app, call, route, chosen, first))
+    return chosen.chain
+
+
+def share_of(name: str) -> float:
+    """A number from [0, 1) that a conversation always gets, whoever asks."""
+    digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48
+
+
+def explanation(
+    app: App, call: Call, route: Route, chosen: Chosen, first: tuple[str, str, str] | None = None
+) -> JsonObject:
+    """The chain in order with the reason for each place, who was left out and why, and what the
+    first target would get. Opens no socket."""
+    now = time.monotonic()
+    reasons = {(t.key, id(t.shape)): why for t, why in zip(route.chain, route.reasons, strict=True)}
+    chain = []
+    for n, target in enumerate(chosen.chain, 1):
+        why = [reasons.get((target.key, id(target.shape)), ""), chosen.notes.get(target.key, "")]
+        why += ["this conversation's prompt cache is warm there" if target.key == first else ""]
+        if wait_s := app.health.cooling_s(target, now):
+            why.append(f"cools down for {wait_s:.0f} s")
+        elif app.health.is_near_limit(target, now):
+            why.append("near its vendor's limit")
+        if target.limits and app.health.limits.wait_s(target, 0, now):
+            why.append("over its limit: not asked")
+        step: JsonObject = {"position": n, "provider": target.provider}
+        step |= {"account": target.account} if target.account else {}
+        step |= {"model": target.model, "protocol": target.protocol}
+        chain.append({**step, "reason": "; ".join(filter(None, why))})
+    facts: JsonObject = {"model": route.model, "protocol": call.op.protocol, "chain": chain}
+    facts["left_out"] = [*route.left_out, *chosen.left_out]
+    if chosen.chain:
+        facts["first"] = _first_request(app, call, chosen.chain[0])
+    return facts
+
+
+def _first_request(app: App, call: Call, target: Target) -> JsonObject:
+    if target.provider == "echo":
+        return {"url": None, "losses": []}
+    trial = replace(call, losses=Losses(), skipped={}, explain=False)
+    try:
+        raw = preview(app, trial, replace(target, key_from=""))
+    except BitrouterError as error:
+        return {"error": error.message, "code": error.code}
+    head, _, body = raw.partition(b"\r\n\r\n")
+    line, *lines = head.decode("latin-1").split("\r\n")
+    origin, _ = origin_of(target.base)
+    scheme = urlsplit(target.base).scheme
+    headers = [_redacted(line, target) for line in lines if not line.startswith("content-length")]
+    return {
+        "url": f"{scheme}://{urlsplit(target.base).netloc or origin.host}{line.split(' ')[1]}",
+        "headers": headers,
+        "body": _shown_body(body),
+        "losses": [loss._asdict() for loss in trial.losses.found],
+    }
+
+
+def _shown_body(body: bytes) -> Json:
+    try:
+        return parse_json(body)
+    except (ValueError, RecursionError):
+        return f"{len(body)} bytes"
+
+
+def _redacted(line: str, target: Target) -> str:
+    """A header line to look at: of the file's own headers, too, the value may be a secret."""
+    name, _, value = line.partition(": ")
+    hidden = target.secret.redact(value)
+    if hidden != value:
+        return f"{name}: {hidden}"
+    return f"{name}: [redacted]" if name in target.headers and name not in _SHOWN else line
+
+
+_SHOWN = ("host", "anthropic-version")
+_MAX_EXPLAINED = 8192  # bytes of a header: what clients' parsers take without being told to
+
+
+def _bounded(facts: JsonObject) -> JsonObject:
+    """An explanation that fits into a header: without the body if that is what is too long."""
+    size = len(compact(facts))
+    if size > _MAX_EXPLAINED and "body" in as_object(facts.get("first")):
+        first = {**facts["first"], "body": None, "body_omitted": True}
+        facts = {**facts, "first": first}
+        size = len(compact(facts))
+    if size > _MAX_EXPLAINED:
+        few = {"chain": facts["chain"][:10], "left_out": facts["left_out"][:10]}
+        facts = {"model": facts["model"], "protocol": facts["protocol"], **few, "cut": True}
+    return facts
+
+
+# ---------------------------------------------------------------------------------------------
+# 35. pipeline: one request's life; the handlers
 # ---------------------------------------------------------------------------------------------
 # Every handler has the same shape: (app, request, reply). They raise; `handle` turns what they
 # raise into the error object of the protocol that the path belongs to.
@@ -13547,8 +16394,8 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
             await asked.page(app, request, reply)
         elif asked.op:
             call = _read_call(app, request, asked, caller, request_id, started_at)
-            route = app.router.resolve(call.model, call.op)
-            await attempt_chain(app, call, reply, route.chain)
+            route = app.router.resolve(call.models or call.model, call.op, call.wishes)
+            await attempt_chain(app, call, reply, pick(app, call, route))
             error = call.broke
     except BitrouterError as exc:
         error = exc
@@ -13705,6 +16552,8 @@ def _call_facts(call: Call) -> dict[str, Any]:
         facts |= {"target": f"{target.name}/{printable(target.model)}", "attempts": call.attempts}
     if call.first_at is not None:
         facts["ttft_ms"] = round((call.first_at - call.started_at) * 1000, 1)
+    if call.skipped:
+        facts["skipped"] = ", ".join(f"{name} ({why})" for name, why in call.skipped.items())
     if usage:
         facts |= {"in": usage.input_tokens, "out": usage.output_tokens}
         facts["cached"] = usage.cached_tokens
@@ -13825,6 +16674,8 @@ def _read_call(
     media = content_type.partition(";")[0].strip().lower()
     call = Call(request_id, op, model, request.headers, started_at, caller)
     call.strict = request.headers.get("x-bitrouter-strict", "").lower() in ("1", "true")
+    call.explain = request.headers.get("x-bitrouter-explain", "").lower() in ("1", "true")
+    call.rules = app.config.upstream
     call.query = "&".join(
         pair
         for pair in request.query.split("&")
@@ -13838,10 +16689,11 @@ def _read_call(
         call.document = Document(request.body)
         if not model:
             call.model = maybe(call.document.value, "model", str) or ""
+        _read_wishes(call)
     else:
         shown = printable(content_type, 60)
         raise UnsupportedMedia(f"content-type: expected application/json, got {shown!r}")
-    call.model = call.model.strip()
+    call.model = _UNSEEN.sub("", call.model).strip()
     if {".", ".."} & set(call.model.split("/")):  # it may become part of a path
         raise BadRequest("model: `.` and `..` are no part of a model id", param="model")
     if not call.model or len(call.model) > _MAX_MODEL_CHARS:
@@ -13853,6 +16705,55 @@ def _read_call(
     call.stream = _streams(call)
     call.history = _history(app, call)
     return call
+
+
+# Terminals' escape sequences and control characters, which come with models copied from one.
+_UNSEEN = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f]")
+_FOR_US = ("models", "provider", "preset")
+_MAX_MODELS = 8
+
+
+def call_of(app: App, op: Operation, model: str, headers: Headers, body: bytes) -> Call:
+    """A request to a model that came in no connection. Raises BadRequest."""
+    request = HttpRequest(
+        RequestHead("POST", "/", headers, keep_alive=True, minor=1), "/", "", body
+    )
+    asked = _Asked(op, model)
+    return _read_call(app, request, asked, "", app.new_id(), time.monotonic())
+
+
+def _read_wishes(call: Call) -> None:
+    """Take what is meant for us out of a request: `models`, `provider` and `preset`. A gateway
+    that the model id names gets them itself. Raises BadRequest, naming the field."""
+    document = call.document
+    if document is None or not any(name in document.value for name in _FOR_US):
+        call.given = document
+        return
+    body = document.value
+    place, _, _ = split_place(call.model)
+    known = PROVIDERS.get(provider_id(place))
+    if known and known.kind == "gateway":
+        call.given = document
+        return
+    models = strings_in(body.get("models"), "models")
+    if len(models) > _MAX_MODELS:
+        raise BadRequest(
+            f"models: expected at most {_MAX_MODELS} model ids, got {len(models)}", param="models"
+        )
+    if models:
+        call.models, call.model = models, models[0]
+    preset = maybe(body, "preset", str)
+    if preset:
+        name = preset.removeprefix("@")
+        call.model = f"@{name}/{call.model}" if call.model else f"@{name}"
+        call.models = (call.model, *models[1:]) if models else ()
+    wanted = maybe(body, "provider", dict)
+    if wanted:
+        call.wishes = wishes_in(wanted)
+    changes = [Change(f"/{name}", delete=True) for name in _FOR_US if name in body]
+    if "model" not in body and call.op.protocol is not ApiProtocol.GENERATE_CONTENT:
+        changes.append(Change("/model", call.model))
+    call.given = call.document = document.changed(changes)
 
 
 def _history(app: App, call: Call) -> tuple[Message, ...] | None:
@@ -13914,9 +16815,75 @@ async def _list_models(app: App, request: HttpRequest, reply: Reply) -> None:
             found = Listed(wanted, providers, find_model(wanted))
         reply.send(200, compact(shape.one(found)), JSON_HEADERS)
         return
-    reply.send(
-        200, compact(shape.all([shape.one(one) for one in listed], request.query)), JSON_HEADERS
-    )
+    wanted_ones = _query_filter(request.query[:1024], tuple(app.router.active))
+    kept = [shape.one(one) for one in listed if wanted_ones(one)]
+    reply.send(200, compact(shape.all(kept, request.query)), JSON_HEADERS)
+
+
+class ModelFilter(NamedTuple):
+    """Which models of a list are wanted.
+
+    Attributes:
+        max_price: US dollars per million tokens of input.
+        min_context: tokens.
+    """
+
+    provider: str = ""
+    capability: str = ""
+    modality: str = ""
+    max_price: float | None = None
+    min_context: int = 0
+
+    def __call__(self, one: Listed) -> bool:
+        words = {"text", *(word.partition("_")[0] for word in one.able if word.endswith("put"))}
+        words |= {"pdf"} if "file_input" in one.able else set()
+        context = one.context or (one.facts.context if one.facts else 0)
+        dear = self.max_price is not None and (
+            one.price.input is None or one.price.input > self.max_price
+        )
+        return (
+            (not self.provider or self.provider in one.providers)
+            and (not self.capability or self.capability in one.able)
+            and (not self.modality or self.modality in words)
+            and not dear
+            and context >= self.min_context
+        )
+
+
+MODALITIES = ("text", "image", "audio", "video", "file", "pdf")
+
+
+def model_filter(asked: Mapping[str, str], known: Iterable[str]) -> ModelFilter:
+    """A filter from its fields as text. Raises BadRequest, naming the field."""
+    provider = provider_id(asked.get("provider", ""))
+    capability, modality = asked.get("capability", ""), asked.get("modality", "")
+    for name, value, allowed in (
+        ("provider", provider, (*PROVIDERS, *known)),
+        ("capability", capability, CAPABILITIES),
+        ("modality", modality, MODALITIES),
+    ):
+        if value and value not in allowed:
+            near = near_misses(value, allowed, 2)
+            hint = (
+                f"did you mean {' or '.join(near)}?"
+                if near
+                else (f"known are {', '.join(allowed[:20])}")
+            )
+            said = f"{name}: {printable(value, 64)!r} is not known; {hint}"
+            raise BadRequest(said, param=name)
+    numbers: list[float | None] = []
+    for name in ("max_price", "min_context"):
+        text = asked.get(name, "")
+        if text and not re.fullmatch(r"\d{1,12}(\.\d{1,9})?", text):
+            raise BadRequest(f"{name}: expected a number, got {printable(text, 64)!r}", param=name)
+        numbers.append(float(text) if text else None)
+    return ModelFilter(provider, capability, modality, numbers[0], int(numbers[1] or 0))
+
+
+@functools.lru_cache(maxsize=256)
+def _query_filter(query: str, known: tuple[str, ...]) -> ModelFilter:
+    pairs = dict(pair.partition("=")[::2] for pair in query.split("&"))
+    return model_filter({name: unquote(value) for name, value in pairs.items()}, known)
 
 
 class _ModelShape(NamedTuple):
@@ -13926,17 +16893,19 @@ class _ModelShape(NamedTuple):
 
 def _extras(one: Listed) -> JsonObject:
     """What we know beyond the protocol's own fields; clients ignore keys they do not know."""
-    facts = one.facts
+    facts, price = one.facts, one.price
     extras: JsonObject = {"providers": list(one.providers)}
     if one.context or (facts and facts.context):
         extras["context_length"] = one.context or (facts.context if facts else 0)
     if one.max_output or (facts and facts.max_output):
         extras["max_output_tokens"] = one.max_output or (facts.max_output if facts else 0)
+    rates = {"input": price.input, "output": price.output}
+    rates |= {"cache_read": price.cache_read, "cache_write": price.cache_write}
+    if known := {k: v for k, v in rates.items() if v is not None}:
+        extras["pricing_usd_per_million"] = known
+    if one.able:
+        extras["capabilities"] = list(one.able)
     if facts:
-        price = facts.price
-        rates = {"input": price.input, "output": price.output}
-        rates |= {"cache_read": price.cache_read, "cache_write": price.cache_write}
-        extras["pricing_usd_per_million"] = {k: v for k, v in rates.items() if v is not None}
         extras["input_modalities"] = [_MODALITIES[letter] for letter in facts.inputs]
         extras["output_modalities"] = [_MODALITIES[letter] for letter in facts.outputs]
     return extras
@@ -14037,11 +17006,35 @@ def health_facts(app: App) -> JsonObject:
     }
 
 
+def status_facts(app: App) -> JsonObject:
+    """What runs here and how it does, for people and for dashboards. No secrets."""
+    now = time.monotonic()
+    return {
+        **health_facts(app),
+        "pid": os.getpid(),
+        "listen": app.config.server.listen,
+        "reloads": app.reloads,
+        "warnings": list(app.warnings),
+        "active": {
+            ident: {"enabled_by": one.enabled_by, "accounts": len(one.accounts)}
+            for ident, one in app.router.active.items()
+        },
+        "limits": app.health.limits.used(now),
+        "vendor_limits": app.health.room(now),
+        "targets": app.health.meter.all(now),
+    }
+
+
+async def _get_status(app: App, request: HttpRequest, reply: Reply) -> None:  # noqa: ARG001
+    reply.send(200, compact(status_facts(app)), JSON_HEADERS)
+
+
 # What is served where. Paths are below /v1 and /v1beta; models have OPERATIONS and GEMINI_VERBS.
 
 _PAGES: dict[str, Handler] = {
     "/health": _get_health,
     "/models": _list_models,
+    "/api/status": _get_status,
 }
 
 _GOOGLE_PATH = re.compile(r"/(?:models/)?([^/:].*):(\w+)")
@@ -14085,7 +17078,7 @@ SERVICE = Service(screen, handle, _refuse_unread)
 
 
 # ---------------------------------------------------------------------------------------------
-# 33. server: listening, finding local servers, draining
+# 36. server: listening, finding local servers, draining
 # ---------------------------------------------------------------------------------------------
 
 _DRAIN_S = 30.0
@@ -14095,21 +17088,33 @@ _DISCOVER_WAIT_S = 1.0
 
 
 async def serve(
-    app: App, greet: Callable[[App, Listener], None], *, find_local: bool = True
+    app: App,
+    greet: Callable[[App, Listener], None],
+    *,
+    find_local: bool = True,
+    control: str = "",
+    watched: Callable[[], tuple[str, ...]] = tuple,
 ) -> None:
-    """Listen until SIGTERM or Ctrl-C, then drain. A second signal cuts everything at once."""
+    """Listen until SIGTERM or Ctrl-C, then drain. A second signal cuts everything at once.
+
+    Args:
+        control: the unix socket at which the command line finds us; "" for none.
+        watched: the files whose change means to read the configuration anew.
+    """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     listener = Listener(app)
     await listener.open()
     stop_health = start_health_listener(app) if app.config.server.health_listen else None
     app.writer.attach(loop)
-    _on_signals(loop, stop)
+    _on_signals(app, loop, stop)
     greet(app, listener)
     raise_descriptor_limit()
     _collect_less()
     if find_local:
         app.spawn(_discover_for_ever(app))
+    app.spawn(_watch(app, watched))
+    controller = await _open_control(app, control) if control else None
     await stop.wait()
     app.writer.event("draining", {"connections": listener.connections})
     draining = app.spawn(listener.drain())
@@ -14117,10 +17122,92 @@ async def serve(
     again = loop.create_task(stop.wait())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
     again.cancel()
+    if controller:
+        controller.close()
+        with suppress(OSError):
+            os.unlink(control)  # noqa: PTH108
     if stop_health:
         stop_health()
     app.writer.event("stopped", {})
     app.writer.attach(None)
+
+
+# A configuration that changes.
+
+_WATCH_EVERY_S = 0.5
+
+
+def _stamp_of(path: str) -> tuple[int, int, int] | None:
+    """What shows that a file has changed; None if it is not there."""
+    try:
+        facts = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return None
+    return facts.st_mtime_ns, facts.st_size, facts.st_ino
+
+
+async def _watch(app: App, watched: Callable[[], tuple[str, ...]]) -> None:
+    """Reload when a file has changed and is at rest again: editors write in several steps."""
+    known = {path: _stamp_of(path) for path in watched()}
+    before = known
+    while True:
+        await asyncio.sleep(_WATCH_EVERY_S)
+        now = {path: _stamp_of(path) for path in watched()}
+        settled, before = now == before, now
+        there = all(list(now.values())[:1])  # the file itself, if not its keys
+        if settled and there and now != known and app.reload:
+            await app.reload({})
+            before = known = {path: _stamp_of(path) for path in watched()}
+
+
+async def _reload_on_signal(app: App) -> None:
+    if app.reload:
+        await app.reload({})
+
+
+# The socket by which the command line talks to us: for this user alone.
+
+
+async def _open_control(app: App, path: str) -> asyncio.Server | None:
+    opened = OpenConnections()
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)  # noqa: PTH103, PTH120
+        with suppress(FileNotFoundError):
+            if not _answers(path):
+                os.unlink(path)  # noqa: PTH108  of one that was killed
+        return await _listen_on_path(path, lambda: CallerConnection(app, CONTROL, opened))
+    except (OSError, AttributeError) as exc:  # AttributeError: Windows has no unix sockets
+        log.warning("no_control_socket path=%s reason=%s", path, exc)
+        return None
+
+
+def _answers(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(path) == 0
+
+
+async def _control(app: App, request: HttpRequest, reply: Reply) -> None:
+    """Serve the command line. Who can open the socket is the user that we run as."""
+    if request.path == "/status":
+        reply.send(200, compact(status_facts(app)), JSON_HEADERS)
+    elif request.path == "/reload" and request.head.method == "POST" and app.reload:
+        given = as_object(parse_json(request.body or b"{}"))
+        environ = {str(name): str(value) for name, value in given.items()}
+        reply.send(200, compact(await app.reload(environ)), JSON_HEADERS)
+    else:
+        reply.send(404, b"{}", JSON_HEADERS)
+
+
+def _refuse_control(
+    app: App,  # noqa: ARG001
+    request: HttpRequest | None,  # noqa: ARG001
+    reply: Reply,
+    error: BitrouterError,
+) -> None:
+    reply.send(error.status, compact({"error": error.message}), JSON_HEADERS)
+
+
+CONTROL = Service(lambda *_: None, _control, _refuse_control)
 
 
 def _collect_less() -> None:
@@ -14158,7 +17245,10 @@ class Listener:
             else:
                 host, _, port = listen.rpartition(":")
                 host = host.strip("[]")
-                self._server = await loop.create_server(accept, host, int(port), backlog=_BACKLOG)
+                several = True if app.config.server.workers > 1 else None
+                self._server = await loop.create_server(
+                    accept, host, int(port), backlog=_BACKLOG, reuse_port=several
+                )
                 bound = self._server.sockets[0].getsockname()[1]
                 self.address = f"http://{listen.rpartition(':')[0]}:{bound}"
         except OSError as exc:
@@ -14221,39 +17311,49 @@ def _check_safety(app: App) -> None:
 
 
 async def _discover_for_ever(app: App) -> None:
-    while True:
-        await discover(app)
+    for n in itertools.count():
+        await discover(app, everyone=n % _REMOTE_EVERY == 0)
         await asyncio.sleep(_DISCOVER_EVERY_S)
 
 
-async def discover(app: App) -> None:
-    """Find out which local servers run and what they serve; replace the router if that changed."""
+_REMOTE_EVERY = 20  # rounds: servers elsewhere (`auto_discover`) are asked every ten minutes
+
+
+async def discover(app: App, *, everyone: bool = True) -> None:
+    """Find out which local servers run and what they serve, and what those serve that the file
+    wants to be asked; replace the router if that changed."""
     configured, _ = active_providers(app.config, app.environ)
-    local = [facts for facts in PROVIDERS.values() if facts.kind == "local"]
-    found = await asyncio.gather(*(_look(app, facts, configured.get(facts.id)) for facts in local))
-    active = dict(configured)
-    for facts, provider in zip(local, found, strict=True):
-        if provider:
-            active[facts.id] = provider
-    before = {ident: provider.models for ident, provider in app.router.active.items()}
-    if before != {ident: provider.models for ident, provider in active.items()}:
-        app.router = Router(app.config, active)
-        names = [f"{p.facts.id}:{len(p.models)}" for p in found if p and p.models]
+    asked = {
+        ident: configured.get(ident)
+        for ident, facts in PROVIDERS.items()
+        if facts.kind == "local" and (app.config.inherit_defaults or ident in configured)
+    }
+    if everyone:
+        asked |= {ident: one for ident, one in configured.items() if one.given.auto_discover}
+    found = await asyncio.gather(
+        *(_look(app, given.facts if given else PROVIDERS[i], given) for i, given in asked.items())
+    )
+    local = {ident: one for ident, one in app.local.items() if ident not in asked}
+    local |= {ident: one for ident, one in zip(asked, found, strict=True) if one}
+    if {i: one.models for i, one in local.items()} != {
+        i: one.models for i, one in app.local.items()
+    }:
+        app.local = local
+        app.reroute()
+        names = [f"{ident}:{len(one.models)}" for ident, one in local.items() if one.models]
         app.writer.event("local_servers", {"found": ",".join(names) or "none"})
 
 
 async def _look(app: App, facts: Provider, given: ActiveProvider | None) -> ActiveProvider | None:
+    """A provider with the models that it says it serves; None if it says nothing."""
     if given is None:
         account = Account("", Secret(""), dict(facts.bases))
         where = urlsplit(next(iter(facts.bases.values()))).netloc
         given = ActiveProvider(facts, (account,), f"found on {where}", found=True)
         if app.config.server.listen.endswith(f":{where.rpartition(':')[2]}"):
             return None  # that is ourselves
-        ids = await _model_ids(app, given)
-        return given._replace(models=ids) if ids else None
     ids = await _model_ids(app, given)
-    known = {model.id for model in given.models}
-    return given._replace(models=(*given.models, *(m for m in ids if m.id not in known)))
+    return given._replace(models=ids) if ids else None
 
 
 async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel, ...]:
@@ -14322,12 +17422,72 @@ def start_health_listener(app: App) -> Callable[[], None]:
     return stop
 
 
-def _on_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+def _on_signals(app: App, loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
     import signal
+
+    with suppress(NotImplementedError, AttributeError):  # Windows has no SIGHUP
+        loop.add_signal_handler(signal.SIGHUP, lambda: app.spawn(_reload_on_signal(app)))
 
     for number in (signal.SIGTERM, signal.SIGINT):
         with suppress(NotImplementedError):  # Windows: Ctrl-C still arrives as KeyboardInterrupt
             loop.add_signal_handler(number, stop.set)
+
+
+# Several processes that share the port: each has its own connections, health and limits.
+
+_RESTART_S = 1.0
+
+
+def serve_many(count: int, serve_one: Callable[[int], int]) -> int:
+    """Run so many processes, start those anew that die, and stop all on SIGTERM or Ctrl-C.
+
+    Args:
+        serve_one: serves, as the n-th from 1; returns its exit status.
+    """
+    import signal
+
+    pids: dict[int, tuple[int, float]] = {}
+    stopping = False
+
+    def start(n: int) -> None:
+        pid = os.fork()
+        if pid:
+            pids[pid] = (n, time.monotonic())
+            return
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        status = 1
+        try:
+            status = serve_one(n)
+        except BitrouterError as error:
+            log.error("worker_failed worker=%d error=%s", n, error.message)  # noqa: TRY400
+        finally:
+            os._exit(status)
+
+    def tell(number: int, frame: object) -> None:  # noqa: ARG001
+        nonlocal stopping
+        stopping = stopping or number != signal.SIGHUP
+        for pid in list(pids):
+            with suppress(ProcessLookupError):
+                os.kill(pid, number if number == signal.SIGHUP else signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, tell)
+    for n in range(1, count + 1):
+        start(n)
+    failed = 0
+    while pids:
+        pid, status = os.waitpid(-1, 0)
+        n, born_at = pids.pop(pid, (0, 0.0))
+        if n == 0 or stopping:
+            continue
+        if time.monotonic() - born_at < _RESTART_S:
+            failed = os.waitstatus_to_exitcode(status) or 1
+            tell(signal.SIGTERM, None)  # it cannot even start: no use in trying for ever
+            continue
+        log.error("worker_died worker=%d status=%d", n, os.waitstatus_to_exitcode(status))
+        start(n)
+    return abs(failed)
 
 
 def raise_descriptor_limit() -> None:
@@ -14340,7 +17500,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 34. cli: the command line
+# 37. cli: the command line
 # ---------------------------------------------------------------------------------------------
 # Data on stdout, talk on stderr. JSON when stdout is no terminal, or with --json. Exit 0 when it
 # worked, 1 when it failed, 2 when the command was not understood.
@@ -14376,22 +17536,39 @@ def _load_config(given: str, environ: Mapping[str, str]) -> tuple[Loaded, str]:
         return Loaded(Config(), [], []), ""
     try:
         with open(path, encoding="utf-8") as file:  # noqa: PTH123
-            return parse_config(file.read(), environ, path), path
+            text = file.read()
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path} cannot be read: {exc}") from None
+    folder = os.path.dirname(os.path.abspath(path))  # noqa: PTH120, PTH100
+
+    def read_file(name: str) -> str:
+        with open(os.path.join(folder, os.path.expanduser(name)), encoding="utf-8") as file:  # noqa: PTH118, PTH111, PTH123
+            return file.read(_MAX_KEY_FILE)
+
+    loaded = parse_config(text, environ, path, read_file)
+    files = (os.path.join(folder, os.path.expanduser(name)) for name in loaded.files)  # noqa: PTH118, PTH111
+    return loaded._replace(files=(path, *files)), path
+
+
+_MAX_KEY_FILE = 65_536
+
+
+def _checked_config(given: str, environ: Mapping[str, str]) -> Loaded:
+    """A configuration to serve with. Raises ConfigError with all that is wrong."""
+    loaded, _ = _load_config(given, environ)
+    wrong = [*loaded.problems, *loaded.fatal]
+    if wrong:
+        raise ConfigError("the configuration has problems:\n  " + "\n  ".join(wrong))
+    return loaded
 
 
 def _usable_config(given: str, environ: Mapping[str, str]) -> Config:
-    """A configuration to serve with. Raises ConfigError with all that is wrong."""
-    loaded, _ = _load_config(given, environ)
-    wrong = [*loaded.problems, *loaded.unset]
-    if wrong:
-        raise ConfigError("the configuration has problems:\n  " + "\n  ".join(wrong))
-    return loaded.config
+    return _checked_config(given, environ).config
 
 
 def command_serve(args: argparse.Namespace) -> int:
-    config = _usable_config(args.config, os.environ)
+    loaded = _checked_config(args.config, os.environ)
+    config = loaded.config
     listen = args.listen or (f"127.0.0.1:{args.port}" if args.port is not None else "")
     if listen:
         if wrong := listen_problem(listen):
@@ -14402,12 +17579,80 @@ def command_serve(args: argparse.Namespace) -> int:
     writer = LogWriter(sys.stderr, as_json=as_json)
     log.handlers, log.propagate = [writer], False
     log.setLevel(logging.INFO)
-    timeouts = config.upstream.timeouts
+    workers = config.server.workers
+    if workers == 1:
+        return _serve_one(args.config, loaded, writer, 0)
+    if not hasattr(os, "fork") or not hasattr(socket, "SO_REUSEPORT"):
+        raise ConfigError("server.workers: this system cannot share a port between processes")
+    return serve_many(workers, lambda n: _serve_one(args.config, loaded, writer, n))
+
+
+def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int) -> int:
+    """worker: 0 if this process is the only one."""
+    timeouts = loaded.config.upstream.timeouts
     shortest_s = min(timeouts.first_token_s, timeouts.idle_s, timeouts.total_s)
-    app = App(config, os.environ, writer, tick_s=max(0.02, min(0.5, shortest_s / 4)))
+    app = App(loaded.config, os.environ, writer, tick_s=max(0.02, min(0.5, shortest_s / 4)))
+    reloader = _Reloader(app, given, loaded)
+    app.reload = reloader.reload
+    control = control_path(loaded.config.server.listen, os.environ, worker)
     with suppress(KeyboardInterrupt):
-        asyncio.run(serve(app, greet))
+        asyncio.run(
+            serve(
+                app,
+                greet if worker < 2 else (lambda *_: None),
+                control=control,
+                watched=lambda: reloader.files,
+            )
+        )
     return 0
+
+
+def control_path(listen: str, environ: Mapping[str, str], worker: int = 0) -> str:
+    """The socket at which the command line finds the server that listens at an address."""
+    home = environ.get("BITROUTER_HOME") or os.path.expanduser("~/.bitrouter")  # noqa: PTH111
+    port = listen.rpartition(":")[2]
+    if not port.isdigit():
+        port = hashlib.sha256(listen.encode()).hexdigest()[:8]
+    return os.path.join(home, f"{port}.{worker}.sock" if worker else f"{port}.sock")  # noqa: PTH118
+
+
+class _Reloader:
+    """Reads the configuration anew. What is broken changes nothing."""
+
+    def __init__(self, app: App, given: str, loaded: Loaded) -> None:
+        self.files = loaded.files
+        self._app = app
+        self._given = given
+        self._overlay: dict[str, str] = {}
+        self._busy = asyncio.Lock()
+
+    async def reload(self, environ: Mapping[str, str]) -> JsonObject:
+        """environ: variables that count from now on, beside those of this process."""
+        async with self._busy:
+            app = self._app
+            overlay = {**self._overlay, **environ}
+            seen = {**os.environ, **overlay}
+            try:
+                loaded = await asyncio.to_thread(_checked_config, self._given, seen)
+            except ConfigError as error:
+                problems = error.message.split("\n  ")
+                app.writer.event("reload_failed", {"error": "; ".join(problems)}, level="error")
+                return {"reloaded": False, "errors": problems}
+            self.files = loaded.files or self.files
+            self._overlay = overlay
+            config, before = loaded.config, app.config.server
+            told = list(loaded.unset)
+            for name in ("listen", "workers", "health_listen", "log_format"):
+                if getattr(config.server, name) != getattr(before, name):
+                    told += [f"server.{name} changes with the next start"] if self.files else []
+                    setattr(config.server, name, getattr(before, name))
+            app.environ = seen
+            app.configure(config)
+            app.reloads += 1
+            for warning in [*told, *app.warnings]:
+                log.warning("configuration %s", warning)
+            app.writer.event("reloaded", {"providers": ",".join(app.router.active)})
+            return {"reloaded": True, "warnings": [*told, *app.warnings]}
 
 
 def greet(app: App, listener: Listener) -> None:
@@ -14445,30 +17690,103 @@ def _example_curl(app: App, address: str) -> str:
     )
 
 
+# A server that runs, asked by way of its control socket.
+
+
+def _controls(args: argparse.Namespace) -> list[str]:
+    """The control sockets of the server that the command means. Raises ConfigError for none."""
+    loaded, _ = _load_config(args.config, os.environ)
+    listen = loaded.config.server.listen
+    listen = args.listen or (f"127.0.0.1:{args.port}" if args.port is not None else listen)
+    plain = control_path(listen, os.environ)
+    stem = plain.removesuffix(".sock")
+    found = [plain, *(f"{stem}.{n}.sock" for n in range(1, 257))]
+    found = [path for path in found if os.path.exists(path)]  # noqa: PTH110
+    if not found:
+        raise ConfigError(f"no server answers for {listen}; start one with `bitrouter serve`")
+    return found
+
+
+def _ask_control(path: str, method: str, target: str, body: bytes = b"") -> JsonObject:
+    import http.client
+
+    connection = http.client.HTTPConnection("localhost", timeout=30)
+    try:
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(30)
+        connection.sock.connect(path)
+        connection.request(method, target, body, {"content-type": "application/json"})
+        answer: JsonObject = json.loads(connection.getresponse().read())
+    except (OSError, ValueError, http.client.HTTPException) as exc:
+        raise ConfigError(f"the server at {path} does not answer: {exc}") from None
+    finally:
+        connection.close()
+    return answer
+
+
+def command_reload(args: argparse.Namespace) -> int:
+    """The providers' variables go along: they are how keys are rotated."""
+    names = {name for known in PROVIDERS.values() for name in (*known.env, *base_variables(known))}
+    loaded, path = _load_config(args.config, os.environ)
+    if path:
+        with open(path, encoding="utf-8") as file:  # noqa: PTH123
+            names |= set(re.findall(r"\$\{([A-Za-z_]\w*)", file.read()))
+    for ident in loaded.config.providers:
+        names.add(ident.upper().replace("-", "_") + "_API_KEY")
+    told = json.dumps({name: os.environ[name] for name in names if name in os.environ}).encode()
+    answers = [_ask_control(path, "POST", "/reload", told) for path in _controls(args)]
+    worst = next((answer for answer in answers if not answer.get("reloaded")), answers[0])
+    rows = [("error", said) for said in worst.get("errors", ())]
+    rows += [("warning", said) for said in worst.get("warnings", ())]
+    show(args, worst, rows or [("reloaded", "")])
+    return 0 if worst.get("reloaded") else 1
+
+
+def command_status(args: argparse.Namespace) -> int:
+    answers = [_ask_control(path, "GET", "/status") for path in _controls(args)]
+    facts = answers[0] if len(answers) == 1 else {"workers": answers}
+    rows: list[tuple[str, str]] = []
+    for one in answers:
+        rows.append((f"pid {one['pid']}", f"{one['status']} on {one['listen']}"))
+        rows.append(("up", f"{one['uptime_s']:.0f} s, {one['reloads']} reloads"))
+        rows += [(ident, on["enabled_by"]) for ident, on in one["active"].items()]
+        rows += [("cooling", f"{name} for {s:.0f} s") for name, s in one["cooling_s"].items()]
+        rows += [("warning", said) for said in one["warnings"]]
+        rows += [
+            (name, ", ".join(f"{k} {v}" for k, v in told.items() if v is not None))
+            for name, told in one["targets"].items()
+        ]
+    show(args, facts, rows)
+    return 0
+
+
 def command_models(args: argparse.Namespace) -> int:
     config = _usable_config(args.config, os.environ)
     active, _ = active_providers(config, os.environ)
     listed = Router(config, active).listing()
     if args.all:
-        listed = [Listed(m.id, tuple(m.carried), m, m.context) for m in catalogue().values()]
-    if args.provider:
-        wanted = provider_id(args.provider)
-        if wanted not in PROVIDERS and wanted not in active:
-            near = near_misses(wanted, [*PROVIDERS, *active])
-            hint = f"did you mean {' or '.join(near)}?" if near else "`providers` lists them all"
-            raise ConfigError(f"there is no provider {wanted!r}; {hint}")
-        listed = [one for one in listed if wanted in one.providers]
+        everybody = {
+            ident: ActiveProvider(facts, (), "") for ident, facts in PROVIDERS.items()
+        } | active
+        listed = Router(config, everybody).listing()
+    asked = {name: str(getattr(args, name) or "") for name in ModelFilter._fields}
+    try:
+        wanted = model_filter(asked, active)
+    except BadRequest as error:
+        raise ConfigError(f"--{error.message.replace('_', '-', 1)}") from None
+    listed = [one for one in listed if wanted(one)]
     rows = [_model_row(one) for one in listed]
     show(args, {"models": rows}, [(r["id"], _dollars(r), ",".join(r["providers"])) for r in rows])
     return 0
 
 
 def _model_row(one: Listed) -> JsonObject:
-    price = one.facts.price if one.facts else Price()
+    price = one.price
     return {
         "id": one.id,
         "providers": list(one.providers),
         "context": one.context or None,
+        "capabilities": list(one.able),
         "usd_per_million_input": price.input,
         "usd_per_million_output": price.output,
     }
@@ -14507,61 +17825,123 @@ def command_providers(args: argparse.Namespace) -> int:
 
 
 def command_route(args: argparse.Namespace) -> int:
-    config = _usable_config(args.config, os.environ)
-    active, _ = active_providers(config, os.environ)
-    router = Router(config, active)
-    route, op = _route_for(router, args.model, args.protocol)
-    reasoned = zip(route.chain, route.reasons, strict=True)
-    steps = [_step(target, reason, op, args.explain) for target, reason in reasoned]
-    facts: JsonObject = {"model": args.model, "protocol": op.protocol, "chain": steps}
-    if args.explain:
-        facts["left_out"] = list(route.left_out)
-    show(args, facts, _route_rows(steps, route.left_out if args.explain else ()))
+    """Resolve as the server would; nothing is sent."""
+    app = App(
+        _usable_config(args.config, os.environ), os.environ, LogWriter(io.StringIO(), as_json=True)
+    )
+    call = _call_to_explain(args, app)
+    wanted = call.models or call.model
+    if call.document is None and not args.protocol:
+        call.op = _op_for(app.router, call)
+    route = app.router.resolve(wanted, call.op, call.wishes)
+    if call.document is None:
+        facts = _without_body(app, call, route)
+    else:
+        body = call.document.value
+        call.needs = needs_of(body)
+        session = session_of(call.headers, body, "")
+        share = share_of(session.key)
+        chosen = choose(route, call.needs, app.health, time.monotonic(), draw=lambda: share)
+        facts = explanation(app, call, route, chosen)
+    if not args.explain:
+        facts = {name: facts[name] for name in ("model", "protocol", "chain")}
+    show(args, facts, _route_rows(facts))
     return 0
 
 
-def _route_rows(steps: list[JsonObject], left_out: Iterable[str]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for i, step in enumerate(steps, 1):
-        rows.append((f"{i}.", step["provider"], f"{step['model']}: {step['reason']}"))
-        if "url" in step:
-            rows += [("", "", step["url"]), *(("", "", line) for line in step["headers"])]
-    return [*rows, *(("-", *left.partition(": ")[::2]) for left in left_out)]
+def _without_body(app: App, call: Call, route: Route) -> JsonObject:
+    """An explanation for any request: without what it would hold."""
+    chosen = choose(route, None, app.health, time.monotonic())
+    call.given = call.document = Document(
+        compact({"model": call.model, **_LEAST[call.op.protocol]})
+    )
+    facts = explanation(app, call, route, chosen)
+    first = facts.get("first", {})
+    for name in ("body", "losses"):
+        first.pop(name, None)
+    return facts
 
 
-def _route_for(router: Router, model: str, protocol: str) -> tuple[Route, Operation]:
-    """Resolve for the protocol asked for, or for the one that most targets speak themselves."""
-    ops = list(GENERATE.values())
-    if protocol:
-        ops = [op for op in ops if op.protocol == PROTOCOL_NAMES[protocol]]
+# The least request of each protocol, to see where one would go.
+_LEAST: dict[ApiProtocol, JsonObject] = {
+    ApiProtocol.CHAT_COMPLETIONS: {"messages": [{"role": "user", "content": "."}]},
+    ApiProtocol.RESPONSES: {"input": "."},
+    ApiProtocol.MESSAGES: {"max_tokens": 1, "messages": [{"role": "user", "content": "."}]},
+    ApiProtocol.GENERATE_CONTENT: {"contents": [{"parts": [{"text": "."}]}]},
+}
+
+
+def _call_to_explain(args: argparse.Namespace, app: App) -> Call:
+    protocol = PROTOCOL_NAMES.get(args.protocol)
+    raw = _read_body(args.body) if args.body else b""
+    document = Document(raw) if raw else None
+    protocol = protocol or _protocol_of(document.value if document else {})
+    op = GENERATE[protocol]
+    headers = {"content-type": "application/json", "x-bitrouter-explain": "1"}
+    if document is None:
+        return Call(app.new_id(), op, args.model, headers, time.monotonic())
+    if args.model:
+        document = document.changed(
+            [Change("/model", args.model), Change("/models", delete=True)]
+            if op.protocol is not ApiProtocol.GENERATE_CONTENT
+            else [Change("/models", delete=True)]
+        )
+    model = args.model if op.protocol is ApiProtocol.GENERATE_CONTENT else ""
+    return call_of(app, op, model, headers, document.raw)
+
+
+def _read_body(name: str) -> bytes:
+    """Raises ConfigError."""
+    if name == "-":
+        return sys.stdin.buffer.read()
+    try:
+        with open(name, "rb") as file:  # noqa: PTH123
+            return file.read()
+    except OSError as exc:
+        raise ConfigError(f"--body: {name} cannot be read: {exc.strerror or exc}") from None
+
+
+def _protocol_of(body: JsonObject) -> ApiProtocol:
+    """The protocol that a request's fields show; Chat Completions and Messages look alike, but
+    only Messages must say `max_tokens` and has its system prompt apart."""
+    if "contents" in body:
+        return ApiProtocol.GENERATE_CONTENT
+    if "input" in body:
+        return ApiProtocol.RESPONSES
+    kinds = (dig(tool, "input_schema") for tool in as_list(body.get("tools")))
+    if "system" in body or "thinking" in body or any(kinds):
+        return ApiProtocol.MESSAGES
+    return ApiProtocol.CHAT_COMPLETIONS
+
+
+def _op_for(router: Router, call: Call) -> Operation:
+    """The operation of the protocol that most of a model's targets speak themselves."""
     routes = []
-    for op in ops:
+    for op in GENERATE.values():
         with suppress(ProtocolUnsupported):
-            routes.append((router.resolve(model, op), op))
+            routes.append((router.resolve(call.model, op), op))
     if not routes:
-        return router.resolve(model, ops[0]), ops[0]
-    return max(routes, key=lambda r: sum(t.protocol is r[1].protocol for t in r[0].chain))
+        return call.op
+    return max(routes, key=lambda r: sum(t.protocol is r[1].protocol for t in r[0].chain))[1]
 
 
-def _step(target: Target, reason: str, op: Operation, explain: bool) -> JsonObject:
-    step: JsonObject = {"provider": target.provider, "model": target.model, "reason": reason}
-    if target.account:
-        step["account"] = target.account
-    if explain:
-        step["protocol"] = target.protocol
-        suffix = GENERATE[target.protocol].suffix if op.translates else op.suffix
-        step["url"] = target.base + suffix.replace("{model}", target.model)
-        lines = target.head.reveal().split("\r\n")
-        step["headers"] = [_redacted(line, target.secret) for line in lines if line]
-    return step
-
-
-def _redacted(line: str, secret: Secret) -> str:
-    """A header line to look at: of the file's own headers, too, the value may be a secret."""
-    name, _, value = line.partition(": ")
-    if secret.redact(value) != value:
-        return f"{name}: {secret.redact(value)}"
-    return line if name in ("host", "anthropic-version") else f"{name}: [redacted]"
+def _route_rows(facts: JsonObject) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for step in facts["chain"]:
+        who = f"{step['provider']}:{step['account']}" if "account" in step else step["provider"]
+        rows.append((f"{step['position']}.", who, f"{step['model']}: {step['reason']}"))
+    for left in facts.get("left_out", ()):
+        rows.append(("-", *left.partition(": ")[::2]))
+    first = facts.get("first", {})
+    if first.get("url"):
+        rows += [("", "", ""), ("", "sends", f"POST {first['url']}")]
+        rows += [("", "", line) for line in first["headers"]]
+    if first.get("error"):
+        rows.append(("", "error", first["error"]))
+    if "body" in first:
+        rows.append(("", "body", json.dumps(first["body"], ensure_ascii=False)))
+    rows += [("", "loses", f"{loss['field']} ({loss['code']})") for loss in first.get("losses", ())]
+    return rows
 
 
 def command_validate(args: argparse.Namespace) -> int:
@@ -14575,11 +17955,38 @@ def command_validate(args: argparse.Namespace) -> int:
         "warnings": loaded.unset,
         "providers": len(loaded.config.providers),
         "models": len(loaded.config.models),
+        "presets": len(loaded.config.presets),
+        "variants": len(loaded.config.variants),
     }
     rows = [("error", said) for said in loaded.problems]
     rows += [("warning", said) for said in loaded.unset]
     show(args, facts, rows or [("ok", path)])
     return 1 if loaded.problems else 0
+
+
+def command_schema(args: argparse.Namespace) -> int:  # noqa: ARG001
+    say(json.dumps(config_schema(), indent=2))
+    return 0
+
+
+def command_show(args: argparse.Namespace) -> int:
+    """What is in force, and where each value comes from."""
+    loaded, path = _load_config(args.config, os.environ)
+    if loaded.problems:
+        raise ConfigError("the configuration has problems:\n  " + "\n  ".join(loaded.problems))
+    active, warnings = active_providers(loaded.config, os.environ)
+    settings = list(settings_of(loaded))
+    facts = {
+        "path": path or None,
+        "settings": [setting._asdict() for setting in settings],
+        "providers": {ident: on.enabled_by for ident, on in active.items()},
+        "warnings": [*loaded.unset, *warnings],
+    }
+    rows = [(one.key, json.dumps(one.value), one.origin) for one in settings]
+    rows += [(f"providers.{ident}", "on", on.enabled_by) for ident, on in active.items()]
+    rows += [("warning", said, "") for said in [*loaded.unset, *warnings]]
+    show(args, facts, rows)
+    return 0
 
 
 def show(args: argparse.Namespace, facts: JsonObject, rows: Iterable[Iterable[str]]) -> None:
@@ -14614,17 +18021,30 @@ _PROTOCOL = {"default": "", "choices": tuple(PROTOCOL_NAMES), "help": "protocol 
 # fmt: off
 COMMANDS: tuple[Command, ...] = (
     Command("serve", "serve in the foreground (the default)", command_serve, (*_CONFIG, *_LISTEN)),
+    Command("reload", "read the configuration and the keys anew", command_reload,
+            (*_CONFIG, *_LISTEN, *_OUTPUT)),
+    Command("status", "show how a running server does", command_status,
+            (*_CONFIG, *_LISTEN, *_OUTPUT)),
     Command("route", "show where a model id leads, in order, and why", command_route, (
-        (("model",), {"help": "such as openai/gpt-4o-mini"}),
-        (("--explain",), {"action": "store_true", "help": "also URLs, headers, who was left out"}),
+        (("model",), {"help": "such as openai/gpt-4o-mini", "nargs": "?", "default": ""}),
+        (("--explain",), {"action": "store_true",
+                          "help": "also who was left out, and what the first would be sent"}),
+        (("--body",), {"default": "", "metavar": "FILE", "help": "the request; - for stdin"}),
         (("--protocol",), _PROTOCOL), *_CONFIG, *_OUTPUT)),
     Command("models", "list the models that can be asked for now", command_models, (
         (("-p", "--provider"), {"default": "", "help": "only this provider's"}),
         (("--all",), {"action": "store_true", "help": "the whole catalogue, keys or not"}),
+        (("--capability",), {"default": "", "help": f"one of {', '.join(CAPABILITIES)}"}),
+        (("--modality",), {"default": "", "help": f"one of {', '.join(MODALITIES)}"}),
+        (("--max-price",), {"default": "", "help": "US dollars per million input tokens"}),
+        (("--min-context",), {"default": "", "help": "tokens"}),
         *_CONFIG, *_OUTPUT)),
     Command("providers", "list providers, and the variable that turns each on", command_providers,
             (*_CONFIG, *_OUTPUT)),
     Command("config validate", "check the configuration file; needs no secrets", command_validate,
+            (*_CONFIG, *_OUTPUT)),
+    Command("config schema", "print a JSON Schema of the configuration file", command_schema),
+    Command("config show", "show what is in force, and where each value comes from", command_show,
             (*_CONFIG, *_OUTPUT)),
 )
 # fmt: on

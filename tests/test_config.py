@@ -20,6 +20,7 @@ MESSAGES, GOOGLE = ApiProtocol.MESSAGES, ApiProtocol.GENERATE_CONTENT
 FULL = """
 [server]
 listen = "127.0.0.1:5000"
+workers = 2
 auth = "required"
 base_path = "/llm"
 max_body_mb = 2.5
@@ -34,6 +35,8 @@ retry = {max = 1, base_ms = 10, max_ms = 20}
 breaker.failures = 3
 breaker.window_s = 10
 breaker.cooldown_s = 7
+fallback_backoff_ms = [10, 20]
+hedge_after_ms = 900
 
 [keys.laptop]
 key = "${CALLER_KEY}"
@@ -112,7 +115,8 @@ def test_a_provider_of_the_file_is_read_whole() -> None:
     [model] = mine.models
     assert (model.id, model.provider_model_id) == ("my-team/llama-3.1-8b", "llama")
     assert (model.context, model.max_output) == (131072, 4096)
-    assert asdict(model.pricing) == {"input": 1, "output": 2, "cache_read": 0.5, "cache_write": 0}
+    rates = {"input": 1, "output": 2, "cache_read": 0.5, "cache_write": 0}
+    assert asdict(model.pricing) == {**rates, "context_tiers": ()}
     assert model.api_protocol.spoken("my-team/llama-3.1-8b") == (MESSAGES,)
 
 
@@ -121,7 +125,7 @@ def test_accounts_keys_and_virtual_models_are_read() -> None:
     openai = config.providers["openai"]
     keys = [(a.label, a.api_key.reveal(), a.api_base) for a in openai.accounts]
     assert keys == [("a", "sk-file-key-a", ""), ("b", "plain-key", "https://eu.example/v1")]
-    assert (openai.account_strategy, openai.extra_headers) == ("balance", {"X-Team": "red"})
+    assert (openai.account_strategy, openai.extra_headers.put) == ("balance", {"X-Team": "red"})
     assert config.keys["laptop"].key == Secret("caller-key")
     [endpoint] = config.models["smart"].endpoints
     assert (endpoint.provider, endpoint.service_id) == ("anthropic", "claude-sonnet-4-6")
@@ -129,7 +133,8 @@ def test_accounts_keys_and_virtual_models_are_read() -> None:
 
 def test_json_says_the_same_as_toml() -> None:
     text = json.dumps(tomllib.loads(FULL), indent=2)
-    assert parse_config(text, SECRETS, "c.json") == parse_config(FULL, SECRETS, "c.toml")
+    ours, theirs = parse_config(text, SECRETS, "c.json"), parse_config(FULL, SECRETS, "c.toml")
+    assert ours[:3] == theirs[:3]
 
 
 # fmt: off
