@@ -11401,7 +11401,8 @@ class Router:
         if not colon or model in self.config.models or model in self._by_id:
             return model, wishes
         place, separator, _ = split_place(model)
-        if separator == ":" and provider_id(place) == provider_id(base):
+        ident = provider_id(place)
+        if separator == ":" and base == place and (ident in PROVIDERS or ident in self.active):
             return model, wishes  # provider:model, whatever the model is called
         ranked = self._variant(suffix)
         return (model, wishes) if ranked is None else (base, narrowed(wishes, ranked))
@@ -16324,7 +16325,7 @@ def _first_request(app: App, call: Call, target: Target) -> JsonObject:
     line, *lines = head.decode("latin-1").split("\r\n")
     origin, _ = origin_of(target.base)
     scheme = urlsplit(target.base).scheme
-    headers = [_redacted(line, target) for line in lines if not line.startswith("content-length")]
+    headers = [_redacted(line, target) for line in lines if not line.startswith(_PASSING)]
     return {
         "url": f"{scheme}://{urlsplit(target.base).netloc or origin.host}{line.split(' ')[1]}",
         "headers": headers,
@@ -16350,6 +16351,7 @@ def _redacted(line: str, target: Target) -> str:
 
 
 _SHOWN = ("host", "anthropic-version")
+_PASSING = ("content-length", "x-bitrouter-request-id")  # they say nothing of the choice
 _MAX_EXPLAINED = 8192  # bytes of a header: what clients' parsers take without being told to
 
 
@@ -16401,7 +16403,7 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
         error = exc
         refuse(app, request, reply, exc, call)
     except asyncio.CancelledError:
-        error = CallerGone("the caller hung up")
+        error = error if reply.ended else CallerGone("the caller hung up")
         raise
     finally:
         line = _line(request, reply, call, error)
@@ -17636,6 +17638,7 @@ class _Reloader:
                 loaded = await asyncio.to_thread(_checked_config, self._given, seen)
             except ConfigError as error:
                 problems = error.message.split("\n  ")
+                problems = problems[1:] or problems
                 app.writer.event("reload_failed", {"error": "; ".join(problems)}, level="error")
                 return {"reloaded": False, "errors": problems}
             self.files = loaded.files or self.files
@@ -17651,7 +17654,8 @@ class _Reloader:
             app.reloads += 1
             for warning in [*told, *app.warnings]:
                 log.warning("configuration %s", warning)
-            app.writer.event("reloaded", {"providers": ",".join(app.router.active)})
+            facts = {"file": self.files[0] if self.files else None}
+            app.writer.event("reloaded", {**facts, "providers": ",".join(app.router.active)})
             return {"reloaded": True, "warnings": [*told, *app.warnings]}
 
 
@@ -17768,7 +17772,7 @@ def command_models(args: argparse.Namespace) -> int:
         everybody = {
             ident: ActiveProvider(facts, (), "") for ident, facts in PROVIDERS.items()
         } | active
-        listed = Router(config, everybody).listing()
+        listed = [one for one in Router(config, everybody).listing() if one.facts]
     asked = {name: str(getattr(args, name) or "") for name in ModelFilter._fields}
     try:
         wanted = model_filter(asked, active)
@@ -17826,9 +17830,10 @@ def command_providers(args: argparse.Namespace) -> int:
 
 def command_route(args: argparse.Namespace) -> int:
     """Resolve as the server would; nothing is sent."""
-    app = App(
-        _usable_config(args.config, os.environ), os.environ, LogWriter(io.StringIO(), as_json=True)
-    )
+    if not args.model and not args.body:
+        args.refuse("name a model, or a request with --body FILE")
+    config = _usable_config(args.config, os.environ)
+    app = App(config, os.environ, LogWriter(io.StringIO(), as_json=True))
     call = _call_to_explain(args, app)
     wanted = call.models or call.model
     if call.document is None and not args.protocol:
@@ -17931,7 +17936,7 @@ def _route_rows(facts: JsonObject) -> list[tuple[str, ...]]:
         who = f"{step['provider']}:{step['account']}" if "account" in step else step["provider"]
         rows.append((f"{step['position']}.", who, f"{step['model']}: {step['reason']}"))
     for left in facts.get("left_out", ()):
-        rows.append(("-", *left.partition(": ")[::2]))
+        rows += [("-", *left.partition(": ")[::2])]
     first = facts.get("first", {})
     if first.get("url"):
         rows += [("", "", ""), ("", "sends", f"POST {first['url']}")]
@@ -18066,7 +18071,7 @@ def _build_parser() -> argparse.ArgumentParser:
             above = groups[""].add_parser(group, help=command.help)
             groups[group] = above.add_subparsers(metavar="COMMAND", required=True)
         sub = groups[group].add_parser(name, help=command.help, description=command.help)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, refuse=sub.error)
         for flags, settings in command.arguments:
             sub.add_argument(*flags, **settings)
     return parser

@@ -768,7 +768,7 @@ async def test_an_unknown_field_is_dropped_with_a_warning_e23(hop: Any, pair: st
         assert "foo" not in h.sent and warned(told) == ["dropped;field=foo"]
 
 
-MODELS = ["gpt-x:free", "anthropic/claude-x:nitro", "a@b.c"]
+MODELS = ["gpt-x:free", "anthropic/claude-x:beta", "a@b.c"]
 
 
 @pytest.mark.parametrize("model", MODELS, ids=[f"E25-{model}" for model in MODELS])

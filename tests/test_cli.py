@@ -286,10 +286,10 @@ def test_a_route_that_is_explained_shows_no_secret_header_of_the_file(tmp_path: 
 
 def test_a_route_of_another_protocol_has_its_own_address() -> None:
     args = ("route", "gemini-3.8-flash", "--explain", "--protocol", "google")
-    [step] = run(*args, GEMINI_API_KEY=KEY).json()["chain"]
+    first = run(*args, GEMINI_API_KEY=KEY).json()["first"]
     base = "https://generativelanguage.googleapis.com/v1beta"
-    assert step["url"] == f"{base}/models/gemini-3.8-flash:generateContent"
-    assert "x-goog-api-key: [redacted]" in step["headers"]
+    assert first["url"] == f"{base}/models/gemini-3.8-flash:generateContent"
+    assert "x-goog-api-key: [redacted]" in first["headers"]
 
 
 def test_a_route_to_nowhere_says_what_was_meant() -> None:
