@@ -9153,6 +9153,7 @@ def family_of(model: str) -> str:
     return next((ident for ident, starts in FAMILIES if model.startswith(starts)), "")
 
 
+@functools.lru_cache(maxsize=4096)
 def find_model(text: str) -> Model | None:
     """The catalogue's model for an id as people write it: bare, dashed, dated, in capitals."""
     lab, slash, rest = text.removeprefix("models/").partition("/")
@@ -11140,6 +11141,7 @@ class Target:
         inputs, context: what the model reads, in the catalogue's letters, and how much of it, in
             tokens; "" and 0 if that is not known.
         levels: of reasoning effort, if the file names them.
+        max_output: tokens, if the file says so.
         key_from: the caller's header that holds the key.
         key: what health is kept by.
     """
@@ -11165,6 +11167,7 @@ class Target:
     able: frozenset[str] | None = None
     inputs: str = ""
     context: int = 0
+    max_output: int = 0
     levels: tuple[str, ...] = ()
     key_from: str = ""
     compatibility: ChatCompatibility | None = None
@@ -11172,8 +11175,10 @@ class Target:
     @property
     def traits(self) -> Traits:
         traits = traits_of(self.like or self.provider, self.model, self.protocol)
+        if self.max_output:
+            traits = traits._replace(max_output=self.max_output)
         if self.compatibility and self.compatibility.token_limit_field:
-            return traits._replace(max_tokens_field=self.compatibility.token_limit_field)
+            traits = traits._replace(max_tokens_field=self.compatibility.token_limit_field)
         return traits
 
     @property
@@ -11422,6 +11427,8 @@ class Router:
             raise Unset(said, param="model")
 
     def _check_names(self, wishes: Wishes) -> None:
+        if wishes is NO_WISHES:
+            return
         known = {*PROVIDERS, *self.active, *self.config.providers, "echo", ""}
         for key in ("order", "only", "ignore"):
             for name in getattr(wishes, key):
@@ -11688,30 +11695,18 @@ class Router:
     ) -> list[Target]:
         facts, given = provider.facts, provider.given
         declared = self._own.get(facts.id, {}).get(place.model)
-        own: tuple[Shaping, ...] = (given, declared) if declared else (given,)
         virtual, endpoint = place.whose or (None, None)
-        above = (*shapes, virtual) if virtual else shapes
-        order = (*above, *own, endpoint) if endpoint else (*above, *own)
-        known = find_model(
-            f"{_LAB_OF[provider.like]}/{place.model}" if provider.like in _LAB_OF else place.model
-        )
-        compatible = declared.compatibility if declared else given.compatibility
-        chat = compatible.chat_completions
-        headers = {
-            **facts.headers,
-            **{
-                n.lower(): v
-                for one in order
-                if one is not given
-                for n, v in one.extra_headers.put.items()
-            },
-        }
-        timeouts = provider.timeouts
-        for one in (*shapes, *((declared,) if declared else ()), *place.whose):
-            timeouts = with_limits(timeouts, one.timeouts)
-        shape = _shape_of(order)
+        whole = (*shapes, virtual, given, declared, endpoint)
+        headers, timeouts, shape = _shaping(provider, tuple(one for one in whole if one))
+        if declared and declared.reasoning_effort.default:
+            effort = {"reasoning_effort": declared.reasoning_effort.default}
+            shape = shape._replace(params={**effort, **shape.params})
         if isinstance(virtual, VirtualModel) and virtual.pricing.input is not None:
             price = _declared_price(virtual.pricing)
+        like = provider.like
+        known = find_model(f"{_LAB_OF[like]}/{place.model}" if like in _LAB_OF else place.model)
+        told = declared or DeclaredModel("")
+        compatible = (declared or given).compatibility.chat_completions
         return [
             with_head(
                 Target(
@@ -11727,18 +11722,16 @@ class Router:
                     balanced=provider.balanced,
                     auth=facts.auth,
                     others=account.bases,
-                    like=provider.like,
+                    like=like,
                     shape=shape,
                     weight=endpoint.weight if isinstance(endpoint, Endpoint) else 1.0,
                     limits=_limits_of(provider, account, place, declared, endpoint),
-                    able=frozenset(declared.capabilities)
-                    if declared and declared.capabilities
-                    else None,
+                    able=frozenset(told.capabilities) if told.capabilities else None,
                     inputs=known.inputs if known else "",
-                    context=(declared.context if declared else 0)
-                    or (known.context if known else 0),
-                    levels=declared.reasoning_effort.levels if declared else (),
-                    compatibility=None if chat == ChatCompatibility() else chat,
+                    context=told.context or (known.context if known else 0),
+                    levels=told.reasoning_effort.levels,
+                    max_output=told.max_output,
+                    compatibility=None if compatible == ChatCompatibility() else compatible,
                     key_from=key_from,
                 )
             )
@@ -11920,6 +11913,19 @@ def _too_dear(kind: str, most: float | None, rate: float | None) -> str:
     return f"costs {rate:g} per million {kind} tokens, and max_price.{kind} is {most:g}"
 
 
+def _shaping(
+    provider: ActiveProvider, order: tuple[Shaping, ...]
+) -> tuple[Headers, Timeouts, Shape]:
+    """Several shapings at once, the one that is nearest to the request first, as headers to send,
+    deadlines, and a shape."""
+    headers, timeouts = dict(provider.facts.headers), provider.timeouts
+    for one in order:
+        if one is not provider.given:  # whose own are in there already
+            headers |= {name.lower(): value for name, value in one.extra_headers.put.items()}
+            timeouts = with_limits(timeouts, one.timeouts)
+    return headers, timeouts, _shape_of(order)
+
+
 def _shape_of(order: tuple[Shaping, ...]) -> Shape:
     """Several shapings at once: of fields the first one's count, of edits the last one's."""
     params: dict[str, Json] = {}
@@ -12015,7 +12021,7 @@ def at_protocol(target: Target, protocol: ApiProtocol) -> Target:
 
 def with_head(target: Target) -> Target:
     """Fill in the header lines that every request to a target has: host, key and its own."""
-    target.may_need_responses = target.traits.official and may_prefer_responses(target.model)
+    target.may_need_responses = may_prefer_responses(target.model) and target.traits.official
     auth = target.auth
     headers = {"host": urlsplit(target.base).netloc, **target.headers}
     key = target.secret.reveal()
@@ -12151,8 +12157,15 @@ class Health:
             return True
         return False
 
-    def succeeded(self, target: Target) -> None:
-        self._records.pop(target.key, None)
+    def succeeded(self, target: Target) -> bool:
+        """Returns whether the target had been cooling down."""
+        record = self._records.pop(target.key, None)
+        return record is not None and record.open_until > 0
+
+    def forget(self, provider: str, account: str) -> None:
+        """A provider's account has a new key: what it did with the old one says nothing."""
+        for key in [key for key in self._records if key[:2] == (provider, account)]:
+            del self._records[key]
 
     def abandoned(self, target: Target) -> None:
         """The probe came to nothing that says anything about the target."""
@@ -12582,20 +12595,46 @@ def session_of(headers: Headers, body: JsonObject, caller: str) -> Session:
     turns = [one for key in ("messages", "input", "contents") for one in as_list(body.get(key))]
     goes_on = bool(body.get("previous_response_id")) or any(
         dig(turn, "role") in ("assistant", "model") or dig(turn, "type") in _ANSWERED
-        for turn in turns
+        for turn in turns[-_RECENT:]
     )
-    named = next((headers[name] for name in _SESSION_HEADERS if headers.get(name)), "")
-    told = (body.get("prompt_cache_key"), body.get("session_id"), dig(body, "metadata", "user_id"))
-    named = named or next((one for one in told if isinstance(one, str) and one), "")
-    if named:
+    if named := _session_name(headers, body):
         return Session(f"{caller} {named}", named=True, goes_on=goes_on)
     first = next((turn for turn in turns if dig(turn, "role") in ("user", None)), body.get("input"))
     keys = ("system", "instructions", "systemInstruction", "system_instruction")
     begun = [body.get(key) for key in keys]
     begun += [turn for turn in turns[:1] if dig(turn, "role") in ("system", "developer")]
-    text = repr((caller, begun, first))[:65_536]
-    mark = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=16).hexdigest()
+    words = [caller, *_beginning([*begun, first])]
+    mark = hashlib.blake2b("\0".join(words).encode("utf-8", "replace"), digest_size=16).hexdigest()
     return Session(mark, goes_on=goes_on)
+
+
+_RECENT = 64  # turns in which the last answer must be
+_BEGINNING = 32  # texts that tell conversations apart, and as many characters of each:
+_BEGINNING_CHARS = 2048
+
+
+def _beginning(values: list[Json]) -> Iterator[str]:
+    """The first texts in a request."""
+    waiting = list(reversed(values))
+    for _ in range(_BEGINNING):
+        while waiting and not isinstance(waiting[-1], str):
+            value = waiting.pop()
+            inner = value if isinstance(value, list) else as_object(value).values()
+            waiting += list(inner)[:_BEGINNING][::-1]
+        if not waiting:
+            return
+        yield waiting.pop()[:_BEGINNING_CHARS]
+
+
+def is_named_session(headers: Headers, body: JsonObject) -> bool:
+    """Whether the caller says which conversation a request belongs to."""
+    return bool(_session_name(headers, body))
+
+
+def _session_name(headers: Headers, body: JsonObject) -> str:
+    named = next((headers[name] for name in _SESSION_HEADERS if headers.get(name)), "")
+    told = (body.get("prompt_cache_key"), body.get("session_id"), dig(body, "metadata", "user_id"))
+    return named or next((one for one in told if isinstance(one, str) and one), "")
 
 
 _SESSION_HEADERS = (
@@ -14128,6 +14167,7 @@ class App:
         self.health = Health(config.upstream.breaker)
         self.reloads = 0
         self.reload: Callable[[Mapping[str, str]], Awaitable[JsonObject]] | None = None
+        self.router = Router(config, {})
         self.configure(config)
         self.sweeper = Sweeper(tick_s)
         self.pool = Pool(self.sweeper, environ, config.upstream.timeouts.pool_idle_s)
@@ -14144,12 +14184,22 @@ class App:
 
     def configure(self, config: Config) -> None:
         """Serve by a configuration from now on. Requests that run finish by the old one; what is
-        known of targets' health stays."""
+        known of targets' health stays, but for those who have another key now."""
+        before = self.router.active
         self.config = config
         self.health.breaker = config.upstream.breaker
         self.callers = caller_keys(config, self.environ)
         self.auth_required = auth_required(config)
         self.reroute()
+        for ident, now in self.router.active.items():
+            old = (
+                {one.label: one.api_key for one in before[ident].accounts}
+                if ident in before
+                else {}
+            )
+            for account in now.accounts:
+                if old.get(account.label, account.api_key) != account.api_key:
+                    self.health.forget(ident, account.label)
 
     def reroute(self) -> None:
         """Resolve anew: by the configuration, and by what was found on this machine."""
@@ -14785,6 +14835,7 @@ class Call:
         strict: the caller would rather have an error than a loss.
         given: the document as the caller sent it, without what was meant for us; `document` has
             the fields and the system prompt of the target's shape.
+        several: there is a choice of targets, so that a conversation had better stay at one.
         rules: how upstreams are dealt with, as it was when the request came.
         needs: what it needs of a model, where that matters.
         skipped: targets that would have gone first, and why they did not.
@@ -14819,6 +14870,7 @@ class Call:
     models: tuple[str, ...] = ()
     needs: Needs | None = None
     session: Session | None = None
+    several: bool = False
     explain: bool = False
     explained: JsonObject | None = None
     skipped: dict[str, str] = field(default_factory=dict)
@@ -16070,7 +16122,8 @@ def _credit(app: App, call: Call, target: Target, started_at: float) -> None:
         app.health.saw(target, call.told_headers, now, time.time_ns() / 1e9)
     if not call.op.generates:
         return
-    app.health.succeeded(target)
+    if app.health.succeeded(target):
+        app.writer.event("recovered", {"target": f"{target.name}/{printable(target.model)}"})
     if target.limits and usage and call.needs:
         more = usage.input_tokens + usage.output_tokens - call.needs.tokens
         app.health.limits.settle(target, more, now)
@@ -16078,11 +16131,20 @@ def _credit(app: App, call: Call, target: Target, started_at: float) -> None:
     took_s = now - (first_at if call.stream else started_at)
     rate = usage.output_tokens / took_s if usage and usage.output_tokens and took_s > 0 else None
     app.health.meter.answered(target, call.stream, first_at - started_at, rate, now)
-    session = call.session
-    if session and (session.named or (usage and _is_warm(usage))):
+    warm = usage is not None and _is_warm(usage)
+    if call.several and (warm or call.session or _names_its_session(call)):
+        body = call.given.value if call.given else {}
+        session = call.session or session_of(call.headers, body, call.caller)
+        if not (warm or session.named):
+            return
         at = (call.model, session.key)
         drawn, _ = app.conversations.get(at, now) or (None, None)
         app.conversations.put(at, (drawn, target.key), now, 1)
+
+
+def _names_its_session(call: Call) -> bool:
+    body = call.given.value if call.given else {}
+    return is_named_session(call.headers, body)
 
 
 _LEAST_CACHED = 1024  # tokens; shorter prompts are cached nowhere
@@ -16259,7 +16321,8 @@ def pick(app: App, call: Call, route: Route) -> tuple[Target, ...]:
     first: tuple[str, str, str] | None = None
     drawn: float | None = None
     weighed = any(leg.weight for leg in route.legs)
-    if call.op.generates and len(route.chain) > 1:
+    call.several = call.op.generates and len(route.chain) > 1
+    if call.several and (weighed or len(app.conversations)):
         session = call.session = session_of(call.headers, body, call.caller)
         at = (call.model, session.key)
         if session.named or session.goes_on:
