@@ -41,20 +41,22 @@ Contents
     21. health      which targets are failing, and until when to spare them
     22. choosing    which of a route's targets a request goes to, and in what order
     23. shaping     what the configuration puts into requests and takes out of them
-    24. echo        the built-in model
-    25. logs        one line per event, for people or for machines
-    26. transport   the HTTP client: pool, TLS, proxies, deadlines
-    27. memory      what is kept of conversations, for a while
-    28. fetch       media at a URL, for targets that want the bytes
-    29. runtime     App: everything a request needs
-    30. callers     connections from callers
-    31. exchange    one request to one target, and its answer on its way to the caller
-    32. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
-    33. attempts    the loop of retries and fallbacks
-    34. explain     whom a request goes to, and why
-    35. pipeline    one request's life; the handlers
-    36. server      listening, finding local servers, draining
-    37. cli         the command line
+    24. templates   text with places to fill in
+    25. migrate     a TensorZero configuration -> ours
+    26. echo        the built-in model
+    27. logs        one line per event, for people or for machines
+    28. transport   the HTTP client: pool, TLS, proxies, deadlines
+    29. memory      what is kept of conversations, for a while
+    30. fetch       media at a URL, for targets that want the bytes
+    31. runtime     App: everything a request needs
+    32. callers     connections from callers
+    33. exchange    one request to one target, and its answer on its way to the caller
+    34. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
+    35. attempts    the loop of retries and fallbacks
+    36. explain     whom a request goes to, and why
+    37. pipeline    one request's life; the handlers
+    38. server      listening, finding local servers, draining
+    39. cli         the command line
 
 A section uses its own names and those of the sections before it, never those after it, and a
 name that starts with an underscore is private to its section. Sections marked (pure) do no
@@ -8712,12 +8714,12 @@ PROVIDERS: dict[str, Provider] = {p.id: p for p in (
     _row("openai", "cr", "https://api.openai.com/v1"),
     _row("anthropic", "m", "https://api.anthropic.com/v1"),
     _row("google", "gc", "https://generativelanguage.googleapis.com/v1beta",
-         "GEMINI_API_KEY GOOGLE_API_KEY",
+         "GEMINI_API_KEY GOOGLE_API_KEY GOOGLE_AI_STUDIO_API_KEY",
          c="https://generativelanguage.googleapis.com/v1beta/openai"),
     _row("vertex", "g", "https://aiplatform.googleapis.com/v1/publishers/google",
          "VERTEX_EXPRESS_API_KEY"),
     _row("azure", "cr", "https://${AZURE_OPENAI_RESOURCE}.openai.azure.com/openai/v1",
-         "AZURE_OPENAI_API_KEY", "bearer"),
+         "AZURE_OPENAI_API_KEY AZURE_API_KEY", "bearer"),
     _row("aws-bedrock", "cr", "https://bedrock-mantle.${AWS_REGION:-us-east-1}.api.aws/v1",
          "AWS_BEARER_TOKEN_BEDROCK", "bearer"),
     _row("xai", "rc", "https://api.x.ai/v1"),
@@ -9506,18 +9508,6 @@ class SomeTimeouts:
     total_s: float | None = _limited(None, low=0.01)
 
 
-@dataclass(slots=True, kw_only=True)
-class Shaping:
-    """What is made of a request on its way: fields that it gets where it lacks them (in Chat
-    Completions' names, put where its own protocol has them), changes of the body that the provider
-    gets, header lines, deadlines."""
-
-    params: dict[str, Json] = field(default_factory=dict)
-    extra_body: tuple[BodyEdit, ...] = ()
-    extra_headers: HeaderEdits = _NO_HEADERS
-    timeouts: SomeTimeouts = field(default_factory=SomeTimeouts)
-
-
 @dataclass(slots=True)
 class Retry:
     """Of the same target: how often, and how long the first and the longest pause may be."""
@@ -9525,6 +9515,19 @@ class Retry:
     max: int = _limited(2, low=0)
     base_ms: float = _limited(250.0, low=0)
     max_ms: float = _limited(4000.0, low=0)
+
+
+@dataclass(slots=True, kw_only=True)
+class Shaping:
+    """What is made of a request on its way: fields that it gets where it lacks them (in Chat
+    Completions' names, put where its own protocol has them), changes of the body that the provider
+    gets, header lines, deadlines, retries."""
+
+    params: dict[str, Json] = field(default_factory=dict)
+    extra_body: tuple[BodyEdit, ...] = ()
+    extra_headers: HeaderEdits = _NO_HEADERS
+    timeouts: SomeTimeouts = field(default_factory=SomeTimeouts)
+    retry: Retry | None = None
 
 
 @dataclass(slots=True)
@@ -9655,6 +9658,7 @@ class ProviderConfig(Shaping):
         derives: a provider whose protocols, models and prices this one shares, but not its key.
         protocol_endpoints: protocol -> the base where it is spoken, if it is another.
         priority: its rank among those who carry a model, 0 first.
+        auth: how its key travels: `native` as each protocol's own vendor wants it, `bearer`.
         auto_discover: ask it at start what it serves.
         active: whether it is used at all.
     """
@@ -9670,6 +9674,7 @@ class ProviderConfig(Shaping):
     tags: tuple[str, ...] = ()
     class_: str = _limited("", words=("", *CLASSES, _SUBSCRIPTION), key="class")
     priority: int | None = _limited(None, low=0)
+    auth: str = _limited("", words=("", "native", "bearer"))
     rate_limits: RateRules = _NO_LIMITS
     compatibility: Compatibility = field(default_factory=Compatibility)
     auto_discover: bool = False
@@ -9737,15 +9742,21 @@ class Preset(Shaping):
     """Asked for as @NAME, @NAME/MODEL or @NAME:VARIANT.
 
     Attributes:
+        structured: tool asks for answers that follow a schema by way of a tool that the model must
+            call, whatever else its provider has.
         system_mode: fill gives the system prompt to requests that have none, prepend puts it
             before theirs, replace in its place.
-        fallbacks: models to go on with when all else has failed.
+        templates: text by role (system, user, assistant) or name, filled in with the arguments
+            that requests send: see the section `templates`.
+        fallbacks: models, or @presets, to go on with when all else has failed.
         candidates: one is drawn for each conversation, the others follow.
     """
 
     model: str = ""
     system_prompt: str = ""
     system_mode: str = _limited("fill", words=("fill", "prepend", "replace"))
+    templates: dict[str, str] = field(default_factory=dict)
+    structured: str = _limited("", words=("", "tool"))
     routing: Routing = field(default_factory=Routing)
     fallbacks: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
@@ -10295,18 +10306,22 @@ def _settings(value: Any, at: str, origins: Mapping[str, str]) -> Iterator[Setti
 
 
 def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
-    """Put variables in place of ${VAR} and ${VAR:-default}; also say which are not set."""
+    """Put variables in place of ${VAR} and ${VAR:-default}; also say which are not set. $${ is
+    how ${ itself is written."""
     missing: list[str] = []
 
     def value(found: re.Match[str]) -> str:
         name, default = found[1], found[2]
+        if name is None:
+            return "${"
         if environ.get(name):
             return environ[name]
         if default is None:
             missing.append(name)
         return default or ""
 
-    return re.sub(r"\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}", value, text), missing
+    pattern = r"\$\$\{|\$\{([A-Za-z_]\w*)(?::-([^}]*))?\}"
+    return re.sub(pattern, value, text), missing
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -10449,7 +10464,10 @@ class _Checker:
         if preset.model:
             self._model_id(preset.model, (*at, "model"))
         for i, model in enumerate(preset.fallbacks):
-            self._model_id(model, (*at, "fallbacks", i))
+            if model.startswith("@"):
+                self._inner_preset(name, model[1:], (*at, "fallbacks", i))
+            else:
+                self._model_id(model, (*at, "fallbacks", i))
         if not preset.system_prompt and preset.system_mode != "fill":
             self._problem((*at, "system_mode"), "says nothing without a system_prompt")
         if preset.candidates and preset.model:
@@ -10470,19 +10488,21 @@ class _Checker:
         self._routing(variant.routing, (*at, "routing"))
 
     def _candidate(self, name: str, candidate: Candidate, at: _KeyPath) -> None:
-        other = self._config.presets.get(candidate.preset)
         if bool(candidate.model) is bool(candidate.preset):
             self._problem(at, "expected model or preset, one of them")
         elif candidate.model:
             self._model_id(candidate.model, (*at, "model"))
-        elif other is None:
-            near = near_misses(candidate.preset, self._config.presets, 1)
+        else:
+            self._inner_preset(name, candidate.preset, (*at, "preset"))
+
+    def _inner_preset(self, name: str, inner: str, at: _KeyPath) -> None:
+        other = self._config.presets.get(inner)
+        if other is None:
+            near = near_misses(inner, self._config.presets, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            self._problem(
-                (*at, "preset"), f"there is no preset {show_json(candidate.preset)}{hint}"
-            )
-        elif candidate.preset == name or not other.model:
-            self._problem((*at, "preset"), "expected another preset that has a model")
+            self._problem(at, f"there is no preset {show_json(inner)}{hint}")
+        elif inner == name or not other.model:
+            self._problem(at, "expected another preset that has a model")
 
     def _model_id(self, model: str, at: _KeyPath) -> None:
         """Whether a model id may lead somewhere: any provider may serve what we do not know."""
@@ -10572,8 +10592,9 @@ def _check_bases(at: _KeyPath, provider: ProviderConfig, reader: _Reader) -> Non
         if name not in PROTOCOL_NAMES:
             said = f"expected one of {', '.join(ApiProtocol)}, got {show_json(name)}"
             reader.problem((*at, "protocol_endpoints", name), said)
+    unset = {where for where, _ in reader.unset}
     for where, base in bases:
-        if base and (wrong := base_problem(base)):
+        if base and where not in unset and (wrong := base_problem(base)):
             reader.problem(where, wrong)
 
 
@@ -10811,7 +10832,9 @@ def _activate(
     kind = _KIND_OF_CLASS.get(given.class_, known.kind)
     headers = {**known.headers, **_lowered(given.extra_headers.put)}
     return ActiveProvider(
-        facts=known._replace(bases=bases, headers=headers, kind=kind),
+        facts=known._replace(
+            bases=bases, headers=headers, kind=kind, auth=given.auth or known.auth
+        ),
         accounts=accounts,
         enabled_by=enabled_by,
         balanced=given.account_strategy == "balance",
@@ -11108,6 +11131,8 @@ class Shape(NamedTuple):
 
     Attributes:
         params: fields that it gets where it lacks them.
+        templates: what is filled in with the arguments that it sends.
+        structured: `tool` for answers that follow a schema by way of a tool.
         edits: changes of the body that goes out.
         drop: names of headers that do not travel.
     """
@@ -11115,6 +11140,8 @@ class Shape(NamedTuple):
     params: Mapping[str, Json] = {}
     system: str = ""
     system_mode: str = "fill"
+    templates: Mapping[str, str] = {}
+    structured: str = ""
     edits: tuple[BodyEdit, ...] = ()
     drop: tuple[str, ...] = ()
 
@@ -11143,6 +11170,8 @@ class Target:
         levels: of reasoning effort, if the file names them.
         max_output: tokens, if the file says so.
         key_from: the caller's header that holds the key.
+        retry: of this target, where it differs.
+        preset: the name of the preset by which it was come to.
         key: what health is kept by.
     """
 
@@ -11171,12 +11200,16 @@ class Target:
     levels: tuple[str, ...] = ()
     key_from: str = ""
     compatibility: ChatCompatibility | None = None
+    retry: Retry | None = None
+    preset: str = ""
 
     @property
     def traits(self) -> Traits:
         traits = traits_of(self.like or self.provider, self.model, self.protocol)
         if self.max_output:
             traits = traits._replace(max_output=self.max_output)
+        if self.shape.structured:
+            traits = traits._replace(schema=self.shape.structured)
         if self.compatibility and self.compatibility.token_limit_field:
             traits = traits._replace(max_tokens_field=self.compatibility.token_limit_field)
         return traits
@@ -11267,6 +11300,16 @@ class _Named(NamedTuple):
     preset: Preset | None = None
     preset_name: str = ""
     wishes: Wishes = NO_WISHES
+
+
+class _Way(NamedTuple):
+    """One way in which a preset may be served: a leg before its targets are known."""
+
+    base: str
+    wishes: Wishes
+    shapes: tuple[Preset, ...]
+    names: tuple[str, ...]  # of the presets
+    weight: float = 0.0
 
 
 class Router:
@@ -11445,52 +11488,55 @@ class Router:
         preset, wishes = named.preset, named.wishes
         if preset is None:
             return [self._leg(named.base, op, wishes, (), left_out)._replace(model=model)]
-        legs: list[tuple[str, Wishes, tuple[Preset, ...], float]] = []
+        legs: list[_Way] = []
+        names = (named.preset_name,)
         if named.base or preset.model:
             base = named.base
             if not base:
                 base, wishes = self._without_variant(preset.model, wishes)
-            legs.append((base, wishes, (preset,), 0.0))
+            legs.append(_Way(base, wishes, (preset,), names))
         elif preset.candidates:
-            legs += [self._candidate(one, preset, wishes) for one in preset.candidates]
+            legs += [self._candidate(one, preset, names, wishes) for one in preset.candidates]
         else:
             said = f"model: @{named.preset_name} has no model of its own; "
             said += f"ask for @{named.preset_name}/PROVIDER/MODEL"
             raise BadRequest(said, code="preset_without_model", param="model")
         for fallback in preset.fallbacks:
-            base, wishes = self._without_variant(fallback, named.wishes)
-            legs.append((base, wishes, (preset,), 0.0))
+            inner = fallback[1:] if fallback.startswith("@") else ""
+            candidate = Candidate(preset=inner) if inner else Candidate(model=fallback)
+            found = self._candidate(candidate, preset, names, named.wishes)
+            legs.append(found._replace(weight=0.0))
         return self._usable(legs, op, model, left_out)
 
     def _candidate(
-        self, one: Candidate, preset: Preset, wishes: Wishes
-    ) -> tuple[str, Wishes, tuple[Preset, ...], float]:
+        self, one: Candidate, preset: Preset, names: tuple[str, ...], wishes: Wishes
+    ) -> _Way:
         inner = self.config.presets.get(one.preset)
-        shapes = (preset, inner) if inner else (preset,)
+        shapes = (inner, preset) if inner else (preset,)
         model = inner.model if inner else one.model
         if inner:
             self._check_whole("presets", one.preset)
             wishes = narrowed(wishes_of(inner.routing), wishes)
+            names = (*names, one.preset)
         base, wishes = self._without_variant(model, wishes)
-        return base, wishes, shapes, max(one.weight, 1e-9)
+        return _Way(base, wishes, shapes, names, max(one.weight, 1e-9))
 
     def _usable(
-        self,
-        legs: list[tuple[str, Wishes, tuple[Preset, ...], float]],
-        op: Operation,
-        asked: str,
-        left_out: list[str],
+        self, legs: list[_Way], op: Operation, asked: str, left_out: list[str]
     ) -> list[Leg]:
         """The legs of a preset that lead somewhere; an error if none does."""
         found: list[Leg] = []
         first: BitrouterError | None = None
-        for base, wishes, shapes, weight in legs:
+        for way in legs:
             try:
-                leg = self._leg(base, op, wishes, shapes, left_out)
-                found.append(leg._replace(model=asked, weight=weight))
+                leg = self._leg(way.base, op, way.wishes, way.shapes, left_out)
             except BitrouterError as error:
-                left_out.append(f"{printable(base)}: {error.message}")
+                left_out.append(f"{printable(way.base)}: {error.message}")
                 first = first or error
+                continue
+            for target in leg.targets:
+                target.preset = way.names[-1]
+            found.append(leg._replace(model=asked, weight=way.weight))
         if not found and first:
             raise first
         return found
@@ -11733,6 +11779,7 @@ class Router:
                     max_output=told.max_output,
                     compatibility=None if compatible == ChatCompatibility() else compatible,
                     key_from=key_from,
+                    retry=next((one.retry for one in whole if one and one.retry), None),
                 )
             )
             for account in provider.accounts
@@ -11932,11 +11979,13 @@ def _shape_of(order: tuple[Shaping, ...]) -> Shape:
     for one in order:
         params = {**one.params, **params}
     presets = [one for one in order if isinstance(one, Preset) and one.system_prompt]
-    system = presets[-1] if presets else None
+    system = presets[0] if presets else None
     shape = Shape(
         params,
         system.system_prompt if system else "",
         system.system_mode if system else "fill",
+        next((one.templates for one in order if isinstance(one, Preset) and one.templates), {}),
+        next((one.structured for one in order if isinstance(one, Preset) and one.structured), ""),
         tuple(edit for one in order for edit in one.extra_body),
         tuple(dict.fromkeys(name for one in order for name in one.extra_headers.drop)),
     )
@@ -12863,8 +12912,12 @@ def shaped(document: Document, shape: Shape, protocol: ApiProtocol) -> Document:
     """A caller's request with the fields and the system prompt of its shape."""
     body = document.value
     changes: list[Change] = []
+    rewritten: JsonObject = {}
     for name, value in shape.params.items():
         places = _PARAMS.get(name)
+        if name in _REWRITTEN and protocol is not ApiProtocol.CHAT_COMPLETIONS:
+            rewritten[name] = value
+            continue
         pointer = places[_COLUMNS[protocol]] if places else f"/{_escaped(name)}"
         if not pointer or _is_set(body, pointer):
             continue
@@ -12877,9 +12930,32 @@ def shaped(document: Document, shape: Shape, protocol: ApiProtocol) -> Document:
         ):
             value = [value]
         changes.append(Change(pointer, value))
+    if rewritten:
+        changes += _in_other_words(body, rewritten, protocol)
     if shape.system:
         changes += _SYSTEMS[protocol](body, shape.system, shape.system_mode)
     return document.changed(changes) if changes else document
+
+
+# Fields that the other protocols build in another way: their codecs know how.
+_REWRITTEN = ("tools", "tool_choice", "parallel_tool_calls", "response_format", "reasoning")
+
+
+def _in_other_words(
+    body: JsonObject, fields_of_chat: JsonObject, protocol: ApiProtocol
+) -> Iterator[Change]:
+    """Fields of Chat Completions in a request of another protocol."""
+    least: JsonObject = {"model": "m", "messages": [{"role": "user", "content": "."}]}
+    codec, traits = CODECS[protocol], Traits(thinking="budget")
+    prompts = [CHAT.parse_request({**least, **more}) for more in ({}, fields_of_chat)]
+    without, with_them = (codec.render_request(one, traits, Losses()) for one in prompts)
+    for key, new in with_them.items():
+        if key == "generationConfig":
+            inner = {k: v for k, v in new.items() if not _is_set(body, f"/{key}/{k}")}
+            known = as_object(without.get(key))
+            yield from (Change(f"/{key}/{k}", v) for k, v in inner.items() if known.get(k) != v)
+        elif without.get(key) != new and body.get(key) is None and key != "max_tokens":
+            yield Change(f"/{key}", new)
 
 
 def _escaped(name: str) -> str:
@@ -12992,7 +13068,1344 @@ def _compatible(body: JsonObject, wanted: ChatCompatibility) -> Iterator[Change]
 
 
 # ---------------------------------------------------------------------------------------------
-# 24. echo: the built-in model (pure)
+# 24. templates: text with places to fill in (pure)
+# ---------------------------------------------------------------------------------------------
+# The part of minijinja that prompts use: {{ values }}, for, if, include, comments, whitespace
+# control, a few filters. What is not defined is an error, as it is in TensorZero.
+#
+# wire: docs.rs/minijinja 2, read 2026-11: one newline at the end of a template is dropped; values
+# are written as `true`, `none`, `[1, "a"]`.
+
+_MAX_TEMPLATE_DEPTH = 16
+_MAX_RENDERED = 1_000_000  # characters
+_TAG = re.compile(
+    r"\{#(-?).*?(-?)#\}|\{\{([-+]?)(.*?)([-+]?)\}\}|\{%([-+]?)(.*?)([-+]?)%\}", re.DOTALL
+)
+_WORD = re.compile(
+    r"\s*(?:(?P<text>\"(?:[^\"\\]|\\.)*\"|'(?:[^'\\]|\\.)*')|(?P<number>\d+(?:\.\d+)?)|"
+    r"(?P<name>[A-Za-z_]\w*)|(?P<sign>==|!=|<=|>=|[-+*/%<>()\[\].,|~:]))"
+)
+
+
+class TemplateError(ValueError):
+    """A template, or what it is filled in with, is not as it should be."""
+
+
+class _Node(NamedTuple):
+    """A piece of a template: text, print, for, if, include.
+
+    Attributes:
+        words: the expression, or (for) the variable's name and the expression.
+        branches: of an if: (condition, body) each; of a for: its body, and its else.
+    """
+
+    kind: str
+    text: str = ""
+    words: tuple[tuple[str, str], ...] = ()
+    branches: tuple[tuple[tuple[tuple[str, str], ...], tuple[Any, ...]], ...] = ()
+
+
+@functools.lru_cache(maxsize=256)
+def parse_template(text: str) -> tuple[_Node, ...]:
+    """Raises TemplateError, with the construct that is not known."""
+    if text.endswith("\n"):
+        text = text[:-1].removesuffix("\r")
+    parser = _TemplateParser(text)
+    nodes, end = parser.block(())
+    if end:
+        raise TemplateError(f"unexpected {end}")
+    return nodes
+
+
+class _TemplateParser:
+    def __init__(self, text: str) -> None:
+        self._pieces: list[tuple[str, str]] = []
+        at, trim = 0, False
+        for found in _TAG.finditer(text):
+            plain = text[at : found.start()]
+            comment = found[3] is None and found[6] is None
+            before = found[1] if comment else found[3] or found[6]
+            after = found[2] if comment else found[5] or found[8]
+            plain = plain.lstrip() if trim else plain
+            self._pieces.append(("text", plain.rstrip() if before == "-" else plain))
+            if not comment:
+                kind = "print" if found[3] is not None else "tag"
+                self._pieces.append((kind, (found[4] or found[7] or "").strip()))
+            at, trim = found.end(), after == "-"
+        rest = text[at:]
+        self._pieces.append(("text", rest.lstrip() if trim else rest))
+        self._at = 0
+
+    def block(self, ends: tuple[str, ...]) -> tuple[tuple[_Node, ...], str]:
+        """The nodes up to one of the tags that end them, and that tag."""
+        nodes: list[_Node] = []
+        while self._at < len(self._pieces):
+            kind, text = self._pieces[self._at]
+            self._at += 1
+            if kind == "text":
+                nodes += [_Node("text", text)] if text else []
+            elif kind == "print":
+                nodes.append(_Node("print", words=_words(text)))
+            else:
+                word, _, rest = text.partition(" ")
+                if word in ends:
+                    return tuple(nodes), text
+                nodes.append(self._tag(word, rest.strip()))
+        if ends:
+            raise TemplateError(f"{ends[-1]} is missing")
+        return tuple(nodes), ""
+
+    def _tag(self, word: str, rest: str) -> _Node:
+        if word == "for":
+            found = re.fullmatch(r"([A-Za-z_]\w*)\s+in\s+(.+)", rest, re.DOTALL)
+            if not found:
+                raise TemplateError(f"cannot read `for {rest}`")
+            body, end = self.block(("else", "endfor"))
+            other, _ = self.block(("endfor",)) if end == "else" else ((), "")
+            return _Node("for", found[1], _words(found[2]), (((), body), ((), other)))
+        if word == "if":
+            branches = []
+            condition, end = _words(rest), "elif"
+            while end.startswith("elif"):
+                body, end = self.block(("elif", "else", "endif"))
+                branches.append((condition, body))
+                condition = _words(end.removeprefix("elif")) if end.startswith("elif") else ()
+            if end == "else":
+                body, _ = self.block(("endif",))
+                branches.append(((("name", "true"),), body))
+            return _Node("if", branches=tuple(branches))
+        if word == "include":
+            return _Node("include", words=_words(rest))
+        raise TemplateError(f"the tag `{word}` is not known here")
+
+
+def _words(text: str) -> tuple[tuple[str, str], ...]:
+    words, at = [], 0
+    while text[at:].strip():
+        found = _WORD.match(text, at)
+        if not found or not found.lastgroup:
+            raise TemplateError(f"cannot read `{text.strip()}`")
+        words.append((found.lastgroup, found[found.lastgroup]))
+        at = found.end()
+    return tuple(words)
+
+
+def render_template(text: str, arguments: JsonObject, templates: Mapping[str, str] = {}) -> str:
+    """A template, filled in. Raises TemplateError.
+
+    Args:
+        templates: those that it may include, by name.
+    """
+    try:
+        return _render(parse_template(text), dict(arguments), templates, 0)
+    except TemplateError:
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as exc:
+        raise TemplateError(f"cannot be filled in: {exc}") from None
+
+
+def _render(
+    nodes: tuple[_Node, ...], scope: JsonObject, templates: Mapping[str, str], depth: int
+) -> str:
+    if depth > _MAX_TEMPLATE_DEPTH:
+        raise TemplateError("templates are nested too deeply")
+    out: list[str] = []
+    for node in nodes:
+        if node.kind == "text":
+            out.append(node.text)
+        elif node.kind == "print":
+            out.append(_written_out(_Expression(node.words, scope).value()))
+        elif node.kind == "include":
+            name = str(_Expression(node.words, scope).value())
+            if name not in templates:
+                raise TemplateError(f"there is no template {name!r} to include")
+            out.append(_render(parse_template(templates[name]), scope, templates, depth + 1))
+        elif node.kind == "if":
+            taken = (body for when, body in node.branches if _Expression(when, scope).truth())
+            out.append(_render(next(taken, ()), scope, templates, depth + 1))
+        else:
+            out.append(_render_loop(node, scope, templates, depth))
+        if sum(map(len, out)) > _MAX_RENDERED:
+            raise TemplateError("the rendered text is too long")
+    return "".join(out)
+
+
+def _render_loop(node: _Node, scope: JsonObject, templates: Mapping[str, str], depth: int) -> str:
+    values = _Expression(node.words, scope).value()
+    items = list(values) if isinstance(values, list | dict | str) else None
+    if items is None:
+        raise TemplateError(f"cannot loop over {show_json(values)}")
+    (_, body), (_, other) = node.branches
+    out = [] if items else [_render(other, scope, templates, depth + 1)]
+    for n, item in enumerate(items):
+        loop = {
+            "index": n + 1, "index0": n, "first": n == 0, "last": n == len(items) - 1,
+            "length": len(items), "revindex": len(items) - n,
+        }  # fmt: skip
+        out.append(_render(body, {**scope, node.text: item, "loop": loop}, templates, depth + 1))
+    return "".join(out)
+
+
+def _written_out(value: Json) -> str:
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    return json.dumps(value, ensure_ascii=False)
+
+
+class _Expression:
+    """One expression of a template, read and worked out in one go."""
+
+    def __init__(self, words: tuple[tuple[str, str], ...], scope: JsonObject) -> None:
+        self._words = words
+        self._scope = scope
+        self._at = 0
+
+    def value(self) -> Json:
+        value = self._or()
+        if self._at < len(self._words):
+            raise TemplateError(f"cannot read `{self._words[self._at][1]}` here")
+        return _known(value)
+
+    def truth(self) -> bool:
+        value = self._or()
+        return bool(_known(value))
+
+    def _next(self, *wanted: str) -> bool:
+        if self._at < len(self._words) and self._words[self._at][1] in wanted:
+            kind = self._words[self._at][0]
+            if kind != "text":
+                self._at += 1
+                return True
+        return False
+
+    def _or(self) -> Json:
+        value = self._and()
+        while self._next("or"):
+            other = self._and()
+            value = _known(value) or other
+        return value
+
+    def _and(self) -> Json:
+        value = self._not()
+        while self._next("and"):
+            other = self._not()
+            value = _known(value) and other
+        return value
+
+    def _not(self) -> Json:
+        return not _known(self._not()) if self._next("not") else self._compared()
+
+    def _compared(self) -> Json:
+        value = self._joined()
+        while self._at < len(self._words):
+            sign = self._words[self._at][1]
+            if self._next("is"):
+                negative = self._next("not")
+                value = _tested(value, self._name()) is not negative
+            elif self._next("in"):
+                value = _known(value) in _known(self._joined())
+            elif self._next("==", "!=", "<", ">", "<=", ">="):
+                value = _COMPARED[sign](_known(value), _known(self._joined()))
+            else:
+                break
+        return value
+
+    def _joined(self) -> Json:
+        value = self._filtered()
+        while self._next("~"):
+            value = _written_out(_known(value)) + _written_out(_known(self._filtered()))
+        return value
+
+    def _filtered(self) -> Json:
+        value = self._reached()
+        while self._next("|"):
+            name, arguments = self._name(), []
+            if self._next("("):
+                while not self._next(")"):
+                    arguments.append(_known(self._or()))
+                    self._next(",")
+                    if self._at >= len(self._words):
+                        raise TemplateError(f"a bracket is missing after `{name}`")
+            if name not in _FILTERS:
+                raise TemplateError(f"the filter `{name}` is not known here")
+            value = _FILTERS[name](value if name in _FOR_NOTHING else _known(value), *arguments)
+        return value
+
+    def _reached(self) -> Json:
+        value = self._plain()
+        while True:
+            if self._next("."):
+                value = _inside(value, self._name(number=True))
+            elif self._next("["):
+                value = _inside(value, _known(self._or()))
+                self._expect("]")
+            else:
+                return value
+
+    def _plain(self) -> Json:
+        if self._next("("):
+            value = self._or()
+            self._expect(")")
+            return value
+        if self._next("["):
+            values = []
+            while not self._next("]"):
+                values.append(_known(self._or()))
+                if not self._next(","):
+                    self._expect("]")
+                    break
+            return values
+        if self._at >= len(self._words):
+            raise TemplateError("an expression ends too early")
+        kind, text = self._words[self._at]
+        self._at += 1
+        if kind == "text":
+            return re.sub(r"\\(.)", lambda found: _ESCAPES.get(found[1], found[1]), text[1:-1])
+        if kind == "number":
+            return float(text) if "." in text else int(text)
+        if kind != "name":
+            raise TemplateError(f"cannot read `{text}` here")
+        return _CONSTANTS[text] if text in _CONSTANTS else self._scope.get(text, _Missing(text))
+
+    def _name(self, *, number: bool = False) -> str:
+        if self._at < len(self._words):
+            kind, text = self._words[self._at]
+            if kind == "name" or (number and kind == "number"):
+                self._at += 1
+                return text
+        raise TemplateError("a name is missing")
+
+    def _expect(self, sign: str) -> None:
+        if not self._next(sign):
+            raise TemplateError(f"`{sign}` is missing")
+
+
+class _Missing(NamedTuple):
+    """A value that is not defined."""
+
+    name: str
+
+
+def _known(value: Json) -> Json:
+    if isinstance(value, _Missing):
+        raise TemplateError(f"`{value.name}` is not defined")
+    return value
+
+
+def _inside(value: Json, key: Json) -> Json:
+    value = _known(value)
+    if isinstance(value, dict):
+        return value.get(key, _Missing(str(key)))
+    index = int(key) if isinstance(key, int) or (isinstance(key, str) and key.isdigit()) else None
+    if isinstance(value, list | str) and index is not None and -len(value) <= index < len(value):
+        return value[index]
+    return _Missing(str(key))
+
+
+def _tested(value: Json, test: str) -> bool:
+    if test not in _TESTS:
+        raise TemplateError(f"the test `is {test}` is not known here")
+    return _TESTS[test](value)
+
+
+_TESTS: dict[str, Callable[[Json], bool]] = {
+    "defined": lambda value: not isinstance(value, _Missing),
+    "undefined": lambda value: isinstance(value, _Missing),
+    "none": lambda value: value is None,
+    "string": lambda value: isinstance(value, str),
+    "number": lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+    "sequence": lambda value: isinstance(value, list),
+    "mapping": lambda value: isinstance(value, dict),
+}
+_COMPARED: dict[str, Callable[[Any, Any], bool]] = {
+    "==": lambda a, b: bool(a == b), "!=": lambda a, b: bool(a != b),
+    "<": lambda a, b: bool(a < b), ">": lambda a, b: bool(a > b),
+    "<=": lambda a, b: bool(a <= b), ">=": lambda a, b: bool(a >= b),
+}  # fmt: skip
+_CONSTANTS = {
+    "true": True,
+    "false": False,
+    "none": None,
+    "True": True,
+    "False": False,
+    "None": None,
+}
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r"}
+_FOR_NOTHING = ("default", "d")  # filters that take what is not defined
+_FILTERS: dict[str, Callable[..., Json]] = {
+    "upper": lambda value: str(value).upper(),
+    "lower": lambda value: str(value).lower(),
+    "trim": lambda value: str(value).strip(),
+    "title": lambda value: str(value).title(),
+    "length": len,
+    "count": len,
+    "first": lambda value: value[0] if value else _Missing("first"),
+    "last": lambda value: value[-1] if value else _Missing("last"),
+    "join": lambda value, between="": between.join(map(_written_out, value)),
+    "default": lambda value, other="": other if isinstance(value, _Missing) else value,
+    "d": lambda value, other="": other if isinstance(value, _Missing) else value,
+    "tojson": lambda value: json.dumps(value, ensure_ascii=False, separators=(",", ":")),
+    "replace": lambda value, old, new: str(value).replace(old, new),
+    "string": _written_out,
+    "int": int,
+    "float": float,
+    "list": list,
+    "items": lambda value: [[k, v] for k, v in value.items()],
+    "indent": lambda value, n=4: str(value).replace("\n", "\n" + " " * n),
+}
+
+
+def is_static(text: str) -> bool:
+    """Whether a template has nothing to fill in."""
+    return not re.search(r"\{[{%#]", text)
+
+
+# ---------------------------------------------------------------------------------------------
+# 25. migrate: a TensorZero configuration -> ours (pure)
+# ---------------------------------------------------------------------------------------------
+# wire: TensorZero 2026.6.0, the last one: its configuration reference, and what its gateway was
+# seen to send. Every key is taken, or noted: nothing is passed over in silence.
+
+
+class MigrationError(ValueError):
+    """What is there cannot be read as TensorZero's configuration at all."""
+
+
+class Note(NamedTuple):
+    """What became of a key.
+
+    Attributes:
+        level: info (nothing is lost), note (it means something else now), warning (it is not
+            carried over), unknown (TensorZero does not know it either).
+        where: `file: key`.
+    """
+
+    level: str
+    where: str
+    said: str
+
+
+class Migration(NamedTuple):
+    """
+    Attributes:
+        text: our configuration, as TOML.
+        edits: model names that clients send -> what they may send instead.
+    """
+
+    text: str
+    notes: tuple[Note, ...]
+    counts: Mapping[str, int]
+    edits: Mapping[str, str]
+
+    @property
+    def is_clean(self) -> bool:
+        return not any(note.level in ("warning", "unknown") for note in self.notes)
+
+
+class _TzType(NamedTuple):
+    """A provider type of TensorZero.
+
+    Attributes:
+        ours: the provider of our registry; "" if it has none, so that each has a base.
+        model_key: the field that holds the model's name there.
+        env: where its key is unless the file says otherwise.
+        limit: how it spells the limit of tokens upstream.
+    """
+
+    ours: str
+    model_key: str
+    env: str
+    limit: str = ""
+
+
+_TZ_TYPES = {
+    "openai": _TzType("openai", "model_name", "OPENAI_API_KEY", "max_completion_tokens"),
+    "anthropic": _TzType("anthropic", "model_name", "ANTHROPIC_API_KEY"),
+    "google_ai_studio_gemini": _TzType("google", "model_name", "GOOGLE_AI_STUDIO_API_KEY"),
+    "azure": _TzType("azure", "deployment_id", "AZURE_API_KEY", "max_completion_tokens"),
+    "groq": _TzType("groq", "model_name", "GROQ_API_KEY"),
+    "mistral": _TzType("mistral", "model_name", "MISTRAL_API_KEY"),
+    "deepseek": _TzType("deepseek", "model_name", "DEEPSEEK_API_KEY"),
+    "xai": _TzType("xai", "model_name", "XAI_API_KEY"),
+    "together": _TzType("together", "model_name", "TOGETHER_API_KEY"),
+    "fireworks": _TzType("fireworks", "model_name", "FIREWORKS_API_KEY"),
+    "hyperbolic": _TzType("hyperbolic", "model_name", "HYPERBOLIC_API_KEY"),
+    "openrouter": _TzType("openrouter", "model_name", "OPENROUTER_API_KEY"),
+    "vllm": _TzType("", "model_name", "VLLM_API_KEY", "max_tokens"),
+    "sglang": _TzType("", "model_name", "SGLANG_API_KEY", "max_tokens"),
+    "tgi": _TzType("", "model_name", "TGI_API_KEY", "max_tokens"),
+    "aws_bedrock": _TzType("aws-bedrock", "model_id", "AWS_BEARER_TOKEN_BEDROCK"),
+    "gcp_vertex_gemini": _TzType("vertex", "model_id", "VERTEX_ACCESS_TOKEN"),
+}
+# Types that have no counterpart, and the nearest way out.
+_TZ_WITHOUT = {
+    "gcp_vertex_anthropic": "use type anthropic with an Anthropic key, or aws_bedrock",
+    "aws_sagemaker": "put an OpenAI-compatible server before the endpoint and give its api_base",
+    "dummy": "it answers nothing real; echo/echo is our built-in model",
+}
+_TZ_CHAT_ONLY = ("groq", "mistral", "deepseek", "together", "fireworks", "hyperbolic", "openrouter")
+
+# Keys without a counterpart, by the table that they stand in: level and what is said.
+_NO_DATABASE = ("info", "not needed: there is no database to operate")
+_THEIR_LOOP = ("warning", "needs TensorZero's feedback loop, which is not shipped")
+_TZ_TOP: dict[str, tuple[str, str]] = {
+    "clickhouse": _NO_DATABASE,
+    "postgres": _NO_DATABASE,
+    "object_storage": ("info", "not needed: files are passed on and not kept"),
+    "metrics": _THEIR_LOOP,
+    "evaluations": _THEIR_LOOP,
+    "optimizers": _THEIR_LOOP,
+    "autopilot": _THEIR_LOOP,
+    "rate_limiting": (
+        "warning", "limits by tag and key are not shipped yet; those of providers and models are"),
+}  # fmt: skip
+_TZ_GATEWAY: dict[str, tuple[str, str]] = {
+    "observability": _NO_DATABASE,
+    "debug": ("info", "`route --explain` and x-bitrouter-explain show what is sent"),
+    "disable_pseudonymous_usage_analytics": ("info", "nothing phones home"),
+    "unstable_disable_feedback_target_validation": _THEIR_LOOP,
+    "unstable_error_json": ("info", "errors are structured"),
+    "metrics": ("warning", "Prometheus metrics are not shipped yet"),
+    "cache": ("warning", "there is no cache of answers"),
+    "export": ("warning", "OpenTelemetry is not shipped yet"),
+    "fetch_and_encode_input_files_before_inference": (
+        "info", "media at URLs are fetched for providers that need the bytes"),
+    "global_outbound_http_intra_stream_read_timeout_ms": ("info", "see upstream.timeouts.idle_s"),
+    "template_filesystem_access": ("info", "templates are copied into the presets"),
+}  # fmt: skip
+_TZ_PROVIDER_KEYS: dict[str, tuple[str, str]] = {
+    "discard_unknown_chunks": ("info", "chunks that are not known are passed on"),
+    "parse_think_blocks": ("info", "reasoning is passed on as the provider sends it"),
+    "include_encrypted_reasoning": ("info", "encrypted reasoning is always asked for and kept"),
+    "beta_structured_outputs": ("info", "structured outputs are native where there are any"),
+    "content_type_overrides": ("warning", "not carried over"),
+    "batch_cost": ("warning", "there are no batches"),
+    "region": ("info", "set AWS_REGION for another region than us-east-1"),
+    "allow_auto_detect_region": ("info", "set AWS_REGION for another region than us-east-1"),
+    "access_key_id": ("warning", "set AWS_BEARER_TOKEN_BEDROCK: requests are not signed"),
+    "secret_access_key": ("warning", "set AWS_BEARER_TOKEN_BEDROCK: requests are not signed"),
+    "session_token": ("warning", "set AWS_BEARER_TOKEN_BEDROCK: requests are not signed"),
+    "endpoint_url": ("warning", "give the provider an api_base by hand"),
+    "endpoint_id": ("warning", "tuned endpoints of Vertex are not carried over"),
+}
+_TZ_MODEL_KEYS: dict[str, tuple[str, str]] = {
+    "skip_relay": ("info", "there is no relay to skip"),
+    "namespace": ("warning", "there are no namespaces"),
+}
+_TZ_FUNCTION_KEYS: dict[str, tuple[str, str]] = {
+    "description": ("info", "kept as a comment in your own file only"),
+    "evaluators": _THEIR_LOOP,
+    "system_schema": ("info", "arguments are not checked against a schema"),
+    "user_schema": ("info", "arguments are not checked against a schema"),
+    "assistant_schema": ("info", "arguments are not checked against a schema"),
+    "schemas": ("info", "arguments are not checked against a schema"),
+}  # fmt: skip
+_TZ_VARIANTS_WITHOUT = {
+    "experimental_best_of_n_sampling", "experimental_best_of_n", "experimental_mixture_of_n",
+    "experimental_dynamic_in_context_learning", "experimental_chain_of_thought",
+}  # fmt: skip
+
+# A variant's fields that go into its preset's params, under their names there.
+_TZ_PARAMS = {
+    "temperature": "temperature", "top_p": "top_p", "max_tokens": "max_tokens",
+    "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
+    "seed": "seed", "stop_sequences": "stop", "reasoning_effort": "reasoning_effort",
+    "service_tier": "service_tier", "verbosity": "verbosity",
+}  # fmt: skip
+
+
+def shorthand(name: str) -> tuple[str, bool]:
+    """The model id for TensorZero's `type::model`, and whether Responses is spoken for it; ""
+    if it is no shorthand."""
+    kind, separator, model = name.partition("::")
+    if not separator or kind not in _TZ_TYPES or not _TZ_TYPES[kind].ours:
+        return "", False
+    responses = kind == "openai" and model.startswith("responses::")
+    model = model.removeprefix("responses::") if responses else model
+    if kind == "gcp_vertex_gemini":
+        model = model.rpartition("/")[2]
+    return f"{_TZ_TYPES[kind].ours}/{model}", responses
+
+
+def preset_name(name: str) -> str:
+    """A function's name as a preset's."""
+    plain = re.sub(r"[^\w.+-]", "_", name)
+    return plain if plain[:1].isalnum() else f"f{plain}"
+
+
+def migrate_tensorzero(
+    files: list[tuple[str, str]], read_file: Callable[[str, str], str]
+) -> Migration:
+    """TensorZero's configuration as ours. Raises MigrationError.
+
+    Args:
+        files: name and text of each; they are merged as TensorZero merges them.
+        read_file: the text of a file that one of them names, given both; raises OSError.
+    """
+    return _Migrator(*_merged(files), read_file).run()
+
+
+_TzPath: TypeAlias = tuple[str, ...]
+
+
+def _merged(files: list[tuple[str, str]]) -> tuple[JsonObject, dict[_TzPath, str]]:
+    """One tree of several files, and which file each key comes from."""
+    import tomllib
+
+    tree: JsonObject = {}
+    origins: dict[_TzPath, str] = {}
+    for name, text in files:
+        try:
+            value = tomllib.loads(text)
+        except (tomllib.TOMLDecodeError, RecursionError) as exc:
+            raise MigrationError(f"{name}: {exc}") from None
+        _merge(tree, value, (), name, origins)
+    return tree, origins
+
+
+def _merge(
+    into: JsonObject, value: JsonObject, at: _TzPath, file: str, origins: dict[_TzPath, str]
+) -> None:
+    for key, one in value.items():
+        here = (*at, key)
+        if isinstance(one, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], one, here, file, origins)
+        elif key in into:
+            other = origins.get(here, "another file")
+            raise MigrationError(f"{'.'.join(here)} is defined in {other} and again in {file}")
+        else:
+            into[key] = {} if isinstance(one, dict) else one
+            origins[here] = file
+            if isinstance(one, dict):
+                _merge(into[key], one, here, file, origins)
+
+
+class _Table:
+    """One table of the file, whose keys are taken one by one; what is left is noted."""
+
+    def __init__(self, owner: _Migrator, path: _TzPath, value: Json) -> None:
+        self.owner = owner
+        self.path = path
+        self.is_table = isinstance(value, dict)
+        self.left: JsonObject = dict(as_object(value))
+        if not self.is_table:
+            owner.note("warning", path, f"expected a table, got {show_json(value)}")
+
+    def take(self, key: str, kind: type[T], default: T) -> T:
+        """A key's value; the default if it has another type, which is noted."""
+        if key not in self.left:
+            return default
+        value = self.left.pop(key)
+        if kind is float and type(value) is int:
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            said = f"expected {JSON_TYPES.get(kind, 'another value')}, got {show_json(value)}"
+            self.owner.note("warning", (*self.path, key), said)
+            return default
+        return value
+
+    def table(self, key: str) -> _Table:
+        return _Table(self.owner, (*self.path, key), self.left.pop(key, {}))
+
+    def tables(self) -> Iterator[tuple[str, _Table]]:
+        """What is left, each a table, in order of their names."""
+        for key in sorted(self.left):
+            yield key, self.table(key)
+
+    def end(self, without: Mapping[str, tuple[str, str]] = {}) -> None:
+        for key in sorted(self.left):
+            level, said = without.get(key, ("unknown", "TensorZero has no such key, nor have we"))
+            self.owner.note(level, (*self.path, key), said)
+        self.left = {}
+
+
+class _Migrator:
+    def __init__(
+        self,
+        tree: JsonObject,
+        origins: Mapping[_TzPath, str],
+        read_file: Callable[[str, str], str],
+    ) -> None:
+        self._tree = tree
+        self._origins = origins
+        self._read_file = read_file
+        self._notes: list[Note] = []
+        self._providers: dict[str, JsonObject] = {}
+        self._reasons: dict[tuple[str, str], str] = {}  # section and name -> where it comes from
+        self._identities: dict[str, str] = {}
+        self._models: dict[str, JsonObject] = {}
+        self._presets: dict[str, JsonObject] = {}
+        self._server: JsonObject = {}
+        self._timeouts: JsonObject = {}
+        self._kinds: dict[str, str] = {}  # model -> the type of its first provider
+        self._tools: dict[str, JsonObject] = {}
+        self._defaults: dict[str, Json] = {}
+        self._edits: dict[str, str] = {}
+        self._relay = ""
+        self._items = 0
+
+    def run(self) -> Migration:
+        top = _Table(self, (), self._tree)
+        self._gateway(top.table("gateway"))
+        for kind, table in top.table("provider_types").tables():
+            self._provider_type(kind, table)
+        models = top.table("models")
+        embeddings = top.table("embedding_models")
+        for name, table in models.tables():
+            self._model(name, table, name)
+        for name, table in embeddings.tables():
+            ours = f"embedding/{name}" if name in self._models else name
+            self._model(name, table, ours)
+            old = f"tensorzero::embedding_model_name::{name}"
+            if ours in self._models:
+                self._edits[old] = ours
+        for name, table in top.table("tools").tables():
+            self._tool(name, table)
+        for name, table in top.table("functions").tables():
+            self._function(name, table)
+        top.end(_TZ_TOP)
+        self._check()
+        text = self._written()
+        counts = {
+            "providers": len(self._providers), "models": len(self._models),
+            "presets": len(self._presets),
+        }  # fmt: skip
+        return Migration(text, tuple(self._notes), counts, self._edits)
+
+    # What is said.
+
+    def note(self, level: str, path: _TzPath, said: str) -> None:
+        self._notes.append(Note(level, self.where(path), said))
+
+    def where(self, path: _TzPath) -> str:
+        at = path
+        while at and at not in self._origins:
+            at = at[:-1]
+        shown = ".".join(path) or "(top)"
+        return f"{self._origins[at]}: {shown}" if at in self._origins else shown
+
+    def _text_of(self, path: _TzPath, name: str) -> str | None:
+        """A file that a key names, relative to the file in which it stands."""
+        at = path
+        while at and at not in self._origins:
+            at = at[:-1]
+        try:
+            return self._read_file(self._origins.get(at, ""), name)
+        except (OSError, ValueError) as exc:
+            why = getattr(exc, "strerror", None) or exc
+            self.note("warning", path, f"{printable(name)} cannot be read: {why}")
+            return None
+
+    def _json_of(self, path: _TzPath, name: str) -> JsonObject | None:
+        text = self._text_of(path, name)
+        if text is None:
+            return None
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as exc:
+            self.note("warning", path, f"{printable(name)} is no JSON: {exc}")
+            return None
+        return as_object(value)
+
+    # The gateway's own settings.
+
+    def _gateway(self, table: _Table) -> None:
+        bind = table.take("bind_address", str, "")
+        if bind:
+            self._server["listen"] = bind
+            if not is_local(bind):
+                said = "not loopback: give callers keys ([keys.NAME]), or listen on 127.0.0.1"
+                self.note("note", (*table.path, "bind_address"), said)
+        base = table.take("base_path", str, "").rstrip("/")
+        if base:
+            self._server["base_path"] = base if base.startswith("/") else f"/{base}"
+        auth = table.table("auth")
+        if auth.take("enabled", bool, False):
+            self._server["auth"] = "required"
+            said = "TensorZero's keys are stored as hashes: give callers new ones ([keys.NAME])"
+            self.note("note", (*auth.path, "enabled"), said)
+        auth.end({"cache": ("info", "keys are looked up in memory")})
+        total = table.take("global_outbound_http_timeout_ms", float, 0.0)
+        if total:
+            self._timeouts["total_s"] = total / 1000
+        relay = table.table("relay")
+        url = relay.take("gateway_url", str, "").rstrip("/")
+        if url:
+            self._relay = "relay"
+            key = self._key_of(relay, "api_key_location", "TENSORZERO_API_KEY", none=True)
+            self._providers["relay"] = {"api_base": f"{url}/openai/v1", **key}
+            self._reasons["providers", "relay"] = self.where(relay.path)
+        relay.end()
+        table.end(_TZ_GATEWAY)
+
+    def _provider_type(self, kind: str, table: _Table) -> None:
+        defaults = table.table("defaults")
+        for key in ("api_key_location", "credential_location"):
+            if key in defaults.left:
+                self._defaults[kind] = defaults.left.pop(key)
+        defaults.end()
+        table.end({"sft": _THEIR_LOOP, "batch": ("warning", "there are no batches")})
+
+    # Models and their providers.
+
+    def _model(self, name: str, table: _Table, ours: str) -> None:
+        routing = table.take("routing", list, [])
+        providers = table.table("providers")
+        endpoints: list[JsonObject] = []
+        known = dict(providers.tables())
+        for one in routing:
+            if one not in known:
+                said = f"there is no provider {show_json(one)} in this model"
+                self.note("warning", (*table.path, "routing"), said)
+                continue
+            self._kinds.setdefault(name, str(known[one].left.get("type")))
+            endpoint = self._endpoint(name, str(one), known[one])
+            endpoints += [endpoint] if endpoint else []
+        for spare in sorted(set(known) - {str(one) for one in routing}):
+            self.note("info", known[spare].path, "not in `routing`, so never used")
+        timeouts = self._deadlines(table)
+        skips = table.take("skip_relay", bool, False)
+        table.end(_TZ_MODEL_KEYS)
+        if self._relay and not skips:
+            target = f"tensorzero::model_name::{name}"
+            endpoints = [{"provider": self._relay, "service_id": target}]
+        if not endpoints:
+            said = "no provider of this model could be carried over: it is left out"
+            self.note("warning", table.path, said)
+            return
+        self._models[ours] = {"endpoints": endpoints, **timeouts}
+        self._reasons["models", ours] = self.where(table.path)
+        if table.path[0] == "models":
+            self._edits[f"tensorzero::model_name::{name}"] = ours
+
+    def _endpoint(self, model: str, name: str, table: _Table) -> JsonObject | None:
+        kind = table.take("type", str, "")
+        facts = _TZ_TYPES.get(kind)
+        if facts is None:
+            way_out = _TZ_WITHOUT.get(kind, "no provider type of TensorZero is called so")
+            self.note("warning", (*table.path, "type"), f"{kind or '(none)'}: {way_out}")
+            return None
+        service = table.take(facts.model_key, str, "")
+        if kind == "tgi":
+            service = service or "tgi"
+        if not service and "endpoint_id" not in table.left:
+            self.note("warning", (*table.path, facts.model_key), "this key is required")
+            return None
+        provider = self._provider(model, name, kind, facts, table)
+        if provider is None:
+            return None
+        endpoint: JsonObject = {"provider": provider, "service_id": service}
+        endpoint |= self._edits_of(table) | self._deadlines(table)
+        tools = table.take("provider_tools", list, [])
+        if tools:
+            more = [{"pointer": "/tools/-", "value": tool} for tool in tools]
+            endpoint["extra_body"] = [*endpoint.get("extra_body", ()), *more]
+        params: JsonObject = {}
+        for key in ("reasoning_format", "prompt_mode"):
+            if key in table.left:
+                params[key] = table.left.pop(key)
+        if params:
+            endpoint["params"] = params
+        pricing = self._pricing(table)
+        if pricing:
+            self._price(provider, service, pricing)
+        table.end(_TZ_PROVIDER_KEYS)
+        return endpoint
+
+    def _provider(
+        self, model: str, name: str, kind: str, facts: _TzType, table: _Table
+    ) -> str | None:
+        """The provider of ours that stands for an instance of a type: base, protocol and key."""
+        ours = facts.ours
+        base = self._base(kind, table)
+        if base is None:
+            return None
+        protocol = ""
+        if kind == "openai" and table.take("api_type", str, "chat_completions") == "responses":
+            protocol = "responses"
+        table.left.pop("api_type", None)
+        field_name = "credential_location" if kind == "gcp_vertex_gemini" else "api_key_location"
+        if kind == "aws_bedrock" and "api_key" in table.left:
+            table.left[field_name] = table.left.pop("api_key")
+        given: JsonObject = {}
+        default = self._defaults.get(kind)
+        if field_name not in table.left and default is not None:
+            table.left[field_name] = default
+        own_key = field_name in table.left
+        if own_key or base or not ours:
+            given |= self._key_of(table, field_name, facts.env, none=bool(base))
+        if base:
+            given["api_base"] = base
+        if protocol:
+            given["api_protocol"] = protocol
+        if kind == "gcp_vertex_gemini" and base:
+            given |= {"auth": "bearer", "api_protocol": "generate_content"}
+            self.note("note", table.path, "set VERTEX_ACCESS_TOKEN: an access token of yours")
+        elif kind == "anthropic" and base:
+            given["api_protocol"] = "messages"
+        elif given and ours and (ours != "openai" or not base):
+            given["derives"] = ours
+        if facts.limit:
+            limit = {"token_limit_field": facts.limit}
+            given["compatibility"] = {"chat_completions": limit}
+        return self._named_provider(model, name, ours, given, table.path)
+
+    def _named_provider(
+        self, model: str, name: str, ours: str, given: JsonObject, path: _TzPath
+    ) -> str:
+        """The name of a provider: one for each that differs in anything."""
+        plain = set(given) <= {"compatibility"} and ours
+        identity = f"{ours} {json.dumps(given, sort_keys=True)}"
+        if identity in self._identities:
+            return self._identities[identity]
+        taken = {*self._providers, *PROVIDERS, *ALIASES, "echo"}
+        stem, longer = (re.sub(r"[^\w.-]", "-", text) for text in (name, f"{model}-{name}"))
+        choices = [stem, longer, *(f"{longer}-{n}" for n in range(2, 1000))]
+        chosen = ours if plain else next(one for one in choices if one not in taken)
+        self._identities[identity] = chosen
+        if given:
+            self._providers[chosen] = given
+            self._reasons["providers", chosen] = self.where(path)
+        return chosen
+
+    def _base(self, kind: str, table: _Table) -> str | None:
+        """Where a provider is, if not at its usual place; None if that cannot be told."""
+        base = table.take("api_base", str, "").rstrip("/")
+        if kind == "anthropic":
+            base = base.removesuffix("/messages")
+        if kind == "azure":
+            endpoint = table.left.pop("endpoint", "")
+            source = self._source(endpoint, (*table.path, "endpoint"))
+            if source.startswith(("request:", "file:")):
+                said = "an endpoint is a URL or a variable here"
+                self.note("warning", (*table.path, "endpoint"), said)
+                return None
+            base = f"{source.rstrip('/')}/openai/v1" if source else ""
+        if kind == "gcp_vertex_gemini":
+            place, project = table.take("location", str, ""), table.take("project_id", str, "")
+            if project and place:
+                host = "" if place == "global" else f"{place}-"
+                base = (
+                    f"https://{host}aiplatform.googleapis.com/v1/projects/{project}/locations/"
+                    f"{place}/publishers/google"
+                )
+        return base
+
+    def _source(self, text: Json, path: _TzPath) -> str:
+        """A location as our configuration writes it: a literal, a variable, a file."""
+        if not isinstance(text, str):
+            return ""
+        where, separator, name = text.partition("::")
+        if not separator and text.startswith("env:"):  # as one page of its documentation has it
+            where, name = "env", text.removeprefix("env:")
+        if where == "dynamic":
+            said = f"taken from each request: tensorzero::credentials.{name}, or a header {name}"
+            self.note("note", path, said)
+        elif text == "sdk":
+            self.note("warning", path, "credentials of an SDK are not found: give a key")
+        literal = text.replace("${", "$${") if "://" in text else ""
+        return _TZ_SOURCES[where].format(name) if where in _TZ_SOURCES else literal
+
+    def _key_of(self, table: _Table, name: str, env: str, *, none: bool) -> JsonObject:
+        """How a provider's key is given. none: without a location it may have no key."""
+        location = table.left.pop(name, f"env::{env}")
+        path = (*table.path, name)
+        if isinstance(location, dict):
+            sources = [self._source(location.get(key), path) for key in ("default", "fallback")]
+            accounts = [
+                {"label": label, "api_key": source}
+                for label, source in zip(("default", "fallback"), sources, strict=True)
+                if source
+            ]
+            return {"accounts": accounts} if accounts else {}
+        if location == "none":
+            if not none:
+                self.note("warning", path, "a key is needed here")
+            return {}
+        source = self._source(location, path)
+        return {"api_key": source} if source else {}
+
+    def _edits_of(self, table: _Table) -> JsonObject:
+        """extra_body and extra_headers, which are the same here."""
+        out: JsonObject = {}
+        for name, first in (("extra_body", "pointer"), ("extra_headers", "name")):
+            known = (first, "value", "delete")
+            entries = []
+            for i, one in enumerate(table.take(name, list, [])):
+                kept = {key: value for key, value in as_object(one).items() if key in known}
+                if kept.get("delete") is False:
+                    del kept["delete"]
+                if first not in kept or ("value" in kept) is ("delete" in kept):
+                    said = f"expected {first}, and value or delete"
+                    self.note("warning", (*table.path, f"{name}[{i}]"), said)
+                    continue
+                entries.append(_escaped_variables(kept))
+            if entries:
+                out[name] = entries
+        return out
+
+    def _deadlines(self, table: _Table) -> JsonObject:
+        timeouts = table.table("timeouts")
+        out: JsonObject = {}
+        whole, streamed = timeouts.table("non_streaming"), timeouts.table("streaming")
+        if total := whole.take("total_ms", float, 0.0):
+            out["total_s"] = total / 1000
+        if first := streamed.take("ttft_ms", float, 0.0):
+            out["first_token_s"] = first / 1000
+        if "total_ms" in streamed.left:
+            del streamed.left["total_ms"]
+            said = "a stream may go on for as long as something comes (upstream.timeouts.idle_s)"
+            self.note("note", (*streamed.path, "total_ms"), said)
+        whole.end()
+        streamed.end()
+        timeouts.end()
+        if alone := table.take("timeout_ms", float, 0.0):
+            out["total_s"] = alone / 1000
+        return {"timeouts": out} if out else {}
+
+    def _pricing(self, table: _Table) -> JsonObject:
+        """US dollars per million tokens, of rates that point into a provider's answer."""
+        rates: JsonObject = {}
+        for i, one in enumerate(table.take("cost", list, [])):
+            facts = as_object(one)
+            pointer = str(
+                facts.get("pointer")
+                or facts.get("pointer_non_streaming")
+                or facts.get("pointer_nonstreaming")
+                or ""
+            )
+            rate = facts.get("cost_per_million")
+            name = next((n for end, n in _TZ_COSTS.items() if pointer.endswith(end)), "")
+            if not name or isinstance(rate, bool) or not isinstance(rate, int | float):
+                said = f"a cost by {show_json(pointer)} has no counterpart; prices are per token"
+                self.note("warning", (*table.path, f"cost[{i}]"), said)
+                continue
+            rates[name] = float(rate)
+        if rates.get("cache_read", 0) < 0:  # a rebate on what counts as input, too
+            rates["cache_read"] = round(rates["cache_read"] + rates.get("input", 0.0), 9)
+        if any(rate < 0 for rate in rates.values()):
+            self.note("warning", (*table.path, "cost"), "a negative rate has no counterpart")
+            return {}
+        return rates
+
+    def _price(self, provider: str, service: str, pricing: JsonObject) -> None:
+        given = self._providers.setdefault(provider, {})
+        models = given.setdefault("models", [])
+        if not any(one["id"] == service for one in models):
+            models.append({"id": service, "pricing": pricing})
+
+    # Functions, and the presets that they become.
+
+    def _tool(self, name: str, table: _Table) -> None:
+        schema = table.take("parameters", str, "")
+        function: JsonObject = {"name": table.take("name", str, name)}
+        function["description"] = table.take("description", str, "")
+        function["parameters"] = self._json_of((*table.path, "parameters"), schema) or {}
+        if table.take("strict", bool, False):
+            function["strict"] = True
+        table.end()
+        self._tools[name] = _escaped_variables({"type": "function", "function": function})
+
+    def _function(self, name: str, table: _Table) -> None:
+        kind = table.take("type", str, "chat")
+        shared: JsonObject = {}
+        tools = [str(tool) for tool in table.take("tools", list, [])]
+        for tool in tools:
+            if tool not in self._tools:
+                self.note("warning", (*table.path, "tools"), f"there is no tool {tool}")
+        if known := [self._tools[tool] for tool in tools if tool in self._tools]:
+            shared["tools"] = known
+        if (choice := table.left.pop("tool_choice", None)) is not None and known:
+            specific = dig(choice, "specific")
+            shared["tool_choice"] = (
+                {"type": "function", "function": {"name": specific}} if specific else choice
+            )
+        if "parallel_tool_calls" in table.left:
+            shared["parallel_tool_calls"] = table.take("parallel_tool_calls", bool, True)
+        schema = None
+        if output := table.take("output_schema", str, ""):
+            schema = self._json_of((*table.path, "output_schema"), output)
+        weights, fallbacks = self._experiment(table)
+        variants: dict[str, float] = {}
+        for variant, inner in table.table("variants").tables():
+            weight = inner.left.pop("weight", None)
+            if self._variant(name, variant, inner, kind, schema, shared):
+                variants[variant] = float(weight) if isinstance(weight, int | float) else 1.0
+        table.end(_TZ_FUNCTION_KEYS)
+        self._preset_of(name, table.path, variants, weights, fallbacks)
+
+    def _preset_of(
+        self,
+        name: str,
+        path: _TzPath,
+        variants: Mapping[str, float],
+        weights: Mapping[str, float] | None,
+        fallbacks: list[str],
+    ) -> None:
+        if not variants:
+            self.note("warning", path, "no variant could be carried over: it is left out")
+            return
+        if weights is None:
+            chosen = {v: w for v, w in variants.items() if v not in fallbacks}
+        else:
+            chosen = {v: w for v, w in weights.items() if v in variants}
+        if not any(chosen.values()):
+            chosen = dict.fromkeys(chosen or variants, 1.0)
+        ours = preset_name(name)
+        preset: JsonObject = {
+            "candidates": [
+                {"preset": preset_name(f"{name}.{v}"), "weight": w} for v, w in chosen.items()
+            ]
+        }
+        if later := [f"@{preset_name(f'{name}.{v}')}" for v in fallbacks if v in variants]:
+            preset["fallbacks"] = later
+        self._presets[ours] = preset
+        self._reasons["presets", ours] = self.where(path)
+        self._edits[f"tensorzero::function_name::{name}"] = f"@{ours}"
+
+    def _experiment(self, table: _Table) -> tuple[dict[str, float] | None, list[str]]:
+        """The weights of a function's variants, None for equal ones, and its fallbacks."""
+        if "experimentation" not in table.left:
+            return None, []
+        given = table.table("experimentation")
+        kind = given.take("type", str, "uniform")
+        candidates = given.left.pop("candidate_variants", given.left.pop("candidates", None))
+        fallbacks = [str(one) for one in given.take("fallback_variants", list, [])]
+        if kind not in ("static", "uniform", "static_weights"):
+            said = f"{kind}: nothing is learnt here; the candidates have equal weights"
+            self.note("warning", (*given.path, "type"), said)
+            for key in list(given.left):
+                if key != "namespaces":
+                    del given.left[key]
+        given.end({"namespaces": ("warning", "there are no namespaces")})
+        if isinstance(candidates, dict):
+            return {
+                str(v): float(w) if isinstance(w, int | float) else 1.0
+                for v, w in candidates.items()
+            }, fallbacks
+        if isinstance(candidates, list) and candidates:
+            return {str(variant): 1.0 for variant in candidates}, fallbacks
+        return None, fallbacks
+
+    def _variant(
+        self,
+        function: str,
+        variant: str,
+        table: _Table,
+        kind: str,
+        schema: JsonObject | None,
+        shared: JsonObject,
+    ) -> bool:
+        """Whether a variant has become a preset."""
+        sort = table.take("type", str, "chat_completion")
+        if sort != "chat_completion":
+            said = f"{sort}: not shipped; its candidates are presets of their own"
+            if sort not in _TZ_VARIANTS_WITHOUT:
+                said = f"{sort}: no type of variant is called so"
+            self.note("warning", (*table.path, "type"), said)
+            return False
+        model = self._model_id(table.take("model", str, ""), (*table.path, "model"))
+        preset: JsonObject = {"model": model} if model else {}
+        params = self._sampling(table, model)
+        params |= shared
+        params |= self._format(table, kind, schema, preset)
+        retries = table.table("retries")
+        count, most = retries.take("num_retries", int, 0), retries.take("max_delay_s", float, 10.0)
+        retries.end()
+        if count:
+            preset["retry"] = {"max": count, "max_ms": most * 1000}
+        preset |= self._edits_of(table) | self._deadlines(table)
+        if params:
+            preset["params"] = params
+        self._prompts(table, preset)
+        table.end({
+            "weight": ("info", "see the candidates"),
+            "namespace": ("warning", "there are no namespaces"),
+            "input_wrappers": ("warning", "wrap the text in the application"),
+        })  # fmt: skip
+        if not model:
+            return False
+        ours = preset_name(f"{function}.{variant}")
+        self._presets[ours] = preset
+        self._reasons["presets", ours] = self.where(table.path)
+        return True
+
+    def _model_id(self, name: str, path: _TzPath) -> str:
+        if name in self._models:
+            return name
+        ours, responses = shorthand(name)
+        if ours and responses:
+            given = {"derives": "openai", "api_protocol": "responses"}
+            provider = self._named_provider("openai", "openai-responses", "openai", given, path)
+            return f"{provider}:{ours.removeprefix('openai/')}"
+        if ours:
+            return ours
+        self.note("warning", path, f"{show_json(name)} could not be carried over")
+        return ""
+
+    def _sampling(self, table: _Table, model: str) -> JsonObject:
+        params: JsonObject = {}
+        for theirs, ours in _TZ_PARAMS.items():
+            if theirs in table.left:
+                params[ours] = table.left.pop(theirs)
+        budget = table.take("thinking_budget_tokens", int, 0)
+        if budget:
+            params["reasoning"] = {"max_tokens": budget}
+        kind = self._kinds.get(model, "")
+        spelt = _TZ_TYPES[kind].limit if kind in _TZ_TYPES else ""
+        spelt_long = model.startswith(("openai/", "openai-responses:"))
+        if "max_tokens" in params and (spelt_long or spelt == "max_completion_tokens"):
+            params["max_completion_tokens"] = params.pop("max_tokens")
+        return params
+
+    def _format(
+        self, table: _Table, kind: str, schema: JsonObject | None, preset: JsonObject
+    ) -> JsonObject:
+        mode = table.take("json_mode", str, "strict" if kind == "json" else "")
+        if mode in ("strict", "tool") and (schema is not None or kind == "json"):
+            told = {"name": "response", "strict": True, "schema": schema or {}}
+            if mode == "tool":
+                preset["structured"] = "tool"
+            return {"response_format": {"type": "json_schema", "json_schema": told}}
+        if mode == "on":
+            return {"response_format": {"type": "json_object"}}
+        return {}
+
+    def _prompts(self, table: _Table, preset: JsonObject) -> None:
+        templates: dict[str, str] = {}
+        for role in ("system", "user", "assistant"):
+            if (name := table.take(f"{role}_template", str, "")) and (
+                text := self._text_of((*table.path, f"{role}_template"), name)
+            ) is not None:
+                templates[role] = text
+        for name, inner in table.table("templates").tables():
+            path = inner.take("path", str, "")
+            text = self._text_of((*inner.path, "path"), path) if path else None
+            inner.end()
+            if text is not None:
+                templates[name] = text
+        self._include(table.path, templates)
+        system = templates.get("system")
+        if system is not None and is_static(system):
+            del templates["system"]
+            if system.removesuffix("\n"):
+                preset["system_prompt"] = system.removesuffix("\n").replace("${", "$${")
+                preset["system_mode"] = "prepend"
+        for name, text in templates.items():
+            try:
+                parse_template(text)
+            except TemplateError as exc:
+                self.note(
+                    "warning", table.path, f"the template {name} uses more than we have: {exc}"
+                )
+        if templates:
+            preset["templates"] = {name: t.replace("${", "$${") for name, t in templates.items()}
+
+    def _include(self, path: _TzPath, templates: dict[str, str]) -> None:
+        """Templates that templates include."""
+        waiting = list(templates.values())
+        while waiting:
+            for found in re.finditer(r"\{%-?\s*include\s+[\"']([^\"']+)[\"']", waiting.pop()):
+                name = found[1]
+                if name in templates or len(templates) > 100:
+                    continue
+                base = as_object(self._tree.get("gateway")).get("template_filesystem_access")
+                root = str(dig(base, "base_path") or "")
+                place = f"{root.rstrip('/')}/{name}" if root else name
+                text = self._text_of(path, place)
+                if text is not None:
+                    templates[name] = text
+                    waiting.append(text)
+
+    # The result.
+
+    def _check(self) -> None:
+        """Leave out what no other part of our configuration could stand on."""
+        for name in list(self._presets):
+            kept = [
+                one
+                for one in self._presets[name].get("candidates", ())
+                if one["preset"] in self._presets
+            ]
+            if "candidates" in self._presets[name]:
+                self._presets[name]["candidates"] = kept
+
+    def _written(self) -> str:
+        sections: list[tuple[_TzPath, JsonObject, str]] = []
+        if self._server:
+            sections.append((("server",), self._server, self.where(("gateway",))))
+        if self._timeouts:
+            sections.append((("upstream", "timeouts"), self._timeouts, self.where(("gateway",))))
+        for section, entries in (
+            ("providers", self._providers), ("models", self._models), ("presets", self._presets),
+        ):  # fmt: skip
+            for name in sorted(entries):
+                why = self._reasons.get((section, name), "")
+                sections.append(((section, name), entries[name], why))
+        head = (
+            "# Written by `bitrouter migrate tensorzero`; keys are not in it, only their names.\n"
+        )
+        return head + "".join(_toml_section(*section) for section in sections)
+
+
+# Where a credential or an endpoint comes from, as TensorZero says it and as we do.
+_TZ_SOURCES = {
+    "env": "${{{}}}", "path": "file:{}", "path_from_env": "file:${{{}}}", "dynamic": "request:{}",
+}  # fmt: skip
+_TZ_COSTS = {
+    "/prompt_tokens": "input", "/input_tokens": "input", "/completion_tokens": "output",
+    "/output_tokens": "output", "/cached_tokens": "cache_read",
+    "/cache_read_input_tokens": "cache_read", "/cache_creation_input_tokens": "cache_write",
+    "/promptTokenCount": "input", "/candidatesTokenCount": "output",
+    "/cachedContentTokenCount": "cache_read",
+}  # fmt: skip
+
+
+def _escaped_variables(value: Json) -> Json:
+    """JSON whose strings mean themselves in our configuration."""
+    if isinstance(value, str):
+        return value.replace("${", "$${")
+    if isinstance(value, list):
+        return [_escaped_variables(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _escaped_variables(one) for key, one in value.items()}
+    return value
+
+
+def _toml_section(path: _TzPath, table: JsonObject, why: str) -> str:
+    name = ".".join(_toml_key(part) for part in path)
+    lines = [f"\n[{name}]  # {printable(why)}" if why else f"\n[{name}]"]
+    lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in table.items()]
+    return "\n".join(lines) + "\n"
+
+
+_RAW = "'" * 3  # around text of several lines that means itself
+
+
+def _toml_key(text: str) -> str:
+    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else _toml_value(text)
+
+
+def _toml_value(value: Json) -> str:
+    if isinstance(value, str):
+        plain = not re.search(r"[^\t\n\x20-\x7e\x80-\U0010ffff]|'{3}", value)
+        if "\n" in value and plain and not value.endswith("'"):
+            return f"{_RAW}\n{value}{_RAW}"
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(one) for one in value if one is not None) + "]"
+    if isinstance(value, dict):
+        inner = (f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
+        return "{" + ", ".join(inner) + "}"
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return f"{value:.1f}"
+    return json.dumps(value) if isinstance(value, bool | int | float) else json.dumps(str(value))
+
+
+# ---------------------------------------------------------------------------------------------
+# 26. echo: the built-in model (pure)
 # ---------------------------------------------------------------------------------------------
 # For trying things out with no key and no network. It repeats what the user said last, word by
 # word; `call NAME {json}` makes it call that tool; a JSON schema makes it return the schema's
@@ -13104,7 +14517,7 @@ def _stands_for(schema: JsonObject, root: JsonObject) -> Json:
 
 
 # ---------------------------------------------------------------------------------------------
-# 25. logs: one line per event, for people or for machines
+# 27. logs: one line per event, for people or for machines
 # ---------------------------------------------------------------------------------------------
 # `logging` is the front: one logger, `%`-arguments. The line of each request takes a short cut
 # past it (a LogRecord costs 8 us), to the same writer. Lines are gathered and written together:
@@ -13206,7 +14619,7 @@ def _logfmt(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 26. transport: the HTTP client: pool, TLS, proxies, deadlines
+# 28. transport: the HTTP client: pool, TLS, proxies, deadlines
 # ---------------------------------------------------------------------------------------------
 # asyncio's protocols rather than its streams, on both sides, because measurement says so: with
 # streams every event of an upstream wakes a task (+6 us) and every TLS connection holds a buffer
@@ -13905,7 +15318,7 @@ def origin_of(base: str) -> tuple[Origin, str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 27. memory: what is kept of conversations, for a while (pure)
+# 29. memory: what is kept of conversations, for a while (pure)
 # ---------------------------------------------------------------------------------------------
 
 
@@ -13945,7 +15358,7 @@ class Memory:
 
 
 # ---------------------------------------------------------------------------------------------
-# 28. fetch: media at a URL, for targets that want the bytes
+# 30. fetch: media at a URL, for targets that want the bytes
 # ---------------------------------------------------------------------------------------------
 # A URL in a prompt is a stranger's wish that we connect somewhere. So: https alone, to addresses of
 # the public Internet alone, looked up once and then connected to as looked up; few redirects,
@@ -14129,7 +15542,7 @@ def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadReques
 
 
 # ---------------------------------------------------------------------------------------------
-# 29. runtime: App: everything a request needs
+# 31. runtime: App: everything a request needs
 # ---------------------------------------------------------------------------------------------
 
 
@@ -14326,7 +15739,7 @@ def auth_required(config: Config) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# 30. callers: connections from callers
+# 32. callers: connections from callers
 # ---------------------------------------------------------------------------------------------
 # A connection assembles one whole request, then one coroutine serves it: the handler. While it
 # runs we go on reading, for that is how we learn that the caller hung up; what a caller sends
@@ -14785,7 +16198,7 @@ def _body_error(message: str) -> BitrouterError:
 
 
 # ---------------------------------------------------------------------------------------------
-# 31. exchange: one request to one target, and its answer on its way to the caller
+# 33. exchange: one request to one target, and its answer on its way to the caller
 # ---------------------------------------------------------------------------------------------
 # A target that speaks the caller's protocol gets the caller's bytes, but for model, key and usage,
 # and its answer goes back as it is. For any other target the request is read once, adapted and
@@ -14913,15 +16326,16 @@ class Call:
         """Give the request the fields that go with a target. Raises BadRequest."""
         if shape is self.shape or self.given is None:
             return
-        plain = self.shape.params or self.shape.system or shape.params or shape.system
+        changes = any(one.params or one.system or one.templates for one in (self.shape, shape))
         self.shape = shape
-        if plain:
+        if changes:
             self.document = shaped(self.given, shape, self.op.protocol)
             self._prompt = None
 
     def translates(self, target: Target) -> bool:
         """Whether a target must be asked in other words than the caller's."""
-        return target.protocol is not self.op.protocol or self.history is not None
+        other = target.protocol is not self.op.protocol or self.history is not None
+        return other or (target.shape.structured != "" and self.op.translates)
 
     def book(self, usage: Usage | None) -> None:
         """Note what was used, and what it cost if that is known."""
@@ -15789,7 +17203,7 @@ class _RawSink:
 
 
 # ---------------------------------------------------------------------------------------------
-# 32. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
+# 34. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
 # ---------------------------------------------------------------------------------------------
 
 
@@ -15920,7 +17334,7 @@ async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 33. attempts: the loop of retries and fallbacks
+# 35. attempts: the loop of retries and fallbacks
 # ---------------------------------------------------------------------------------------------
 # For each target of the chain, in order: send; on a failure that another try may mend, wait a
 # little and try the same target again, or go on to the next. Once something has reached the
@@ -16265,7 +17679,7 @@ def _note_failure(app: App, call: Call, error: UpstreamError, then: str) -> None
 
 def _pause_s(app: App, call: Call, error: UpstreamError, retries: int) -> float | None:
     """How long to wait before the same target is tried again; None if it is not."""
-    rules = call.rules.retry
+    rules = call.target.retry if call.target and call.target.retry else call.rules.retry
     if retries >= rules.max and not (retries == 0 and error.code == "upstream_malformed_tool_call"):
         return None
     jitter_s = app.random.uniform(0, min(rules.max_ms, rules.base_ms * 2**retries)) / 1000
@@ -16306,7 +17720,7 @@ def _counted(messages: list[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 34. explain: whom a request goes to, and why
+# 36. explain: whom a request goes to, and why
 # ---------------------------------------------------------------------------------------------
 
 
@@ -16432,7 +17846,7 @@ def _bounded(facts: JsonObject) -> JsonObject:
 
 
 # ---------------------------------------------------------------------------------------------
-# 35. pipeline: one request's life; the handlers
+# 37. pipeline: one request's life; the handlers
 # ---------------------------------------------------------------------------------------------
 # Every handler has the same shape: (app, request, reply). They raise; `handle` turns what they
 # raise into the error object of the protocol that the path belongs to.
@@ -17143,7 +18557,7 @@ SERVICE = Service(screen, handle, _refuse_unread)
 
 
 # ---------------------------------------------------------------------------------------------
-# 36. server: listening, finding local servers, draining
+# 38. server: listening, finding local servers, draining
 # ---------------------------------------------------------------------------------------------
 
 _DRAIN_S = 30.0
@@ -17565,7 +18979,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 37. cli: the command line
+# 39. cli: the command line
 # ---------------------------------------------------------------------------------------------
 # Data on stdout, talk on stderr. JSON when stdout is no terminal, or with --json. Exit 0 when it
 # worked, 1 when it failed, 2 when the command was not understood.
@@ -18057,6 +19471,97 @@ def command_show(args: argparse.Namespace) -> int:
     return 0
 
 
+_EXIT_WARNED, _EXIT_UNREADABLE = 3, 2
+
+
+def command_migrate(args: argparse.Namespace) -> int:
+    """Exit 0 when all was carried over, 3 with warnings, 2 if the files cannot be read, and 1 if
+    our own configuration would not be valid or --strict forbids the warnings."""
+    try:
+        moved = migrate_tensorzero(_files_of(args.paths), _beside)
+    except (MigrationError, OSError, UnicodeDecodeError) as exc:
+        say(f"bitrouter: {exc}", to_stderr=True)
+        return _EXIT_UNREADABLE
+    problems = parse_config(moved.text, {}, args.output or "bitrouter.toml").problems
+    facts = {
+        "converted": dict(moved.counts),
+        "notes": [note._asdict() for note in moved.notes],
+        "model_names": dict(moved.edits),
+        "problems": problems,
+        "output": args.output or None,
+    }
+    if args.report:
+        as_json = args.report.endswith(".json")
+        told = json.dumps(facts, indent=2) if as_json else _migration_report(moved)
+        _write_file(args.report, told)
+    refused = bool(problems) or (args.strict and not moved.is_clean)
+    if not args.check and not refused:
+        if args.output:
+            _write_file(args.output, moved.text)
+        elif not args.json:
+            say(moved.text)
+    if args.json:
+        say(json.dumps({**facts, "text": moved.text}, indent=2))
+    for note in moved.notes:
+        say(f"{note.level}: {note.where}: {note.said}", to_stderr=True)
+    for problem in problems:
+        say(f"error: {problem}", to_stderr=True)
+    told = ", ".join(f"{count} {name}" for name, count in moved.counts.items())
+    warned = sum(note.level in ("warning", "unknown") for note in moved.notes)
+    say(f"converted {told}; {warned} warnings", to_stderr=True)
+    if refused:
+        return 1
+    return 0 if moved.is_clean else _EXIT_WARNED
+
+
+def _files_of(paths: list[str]) -> list[tuple[str, str]]:
+    """The files that paths and globs name, each once. Raises MigrationError for none."""
+    import glob
+
+    names: dict[str, None] = {}
+    for path in paths:
+        magic = glob.has_magic(path)
+        found = sorted(glob.glob(path, recursive=True)) if magic else [path]  # noqa: PTH207
+        if not found:
+            raise MigrationError(f"no file matches {path}")
+        names |= dict.fromkeys(name for name in found if os.path.isfile(name) or name == path)  # noqa: PTH113
+    texts = []
+    for name in names:
+        with open(name, encoding="utf-8") as file:  # noqa: PTH123
+            texts.append((name, file.read()))
+    return texts
+
+
+def _beside(file: str, name: str) -> str:
+    """The text of a file that another one names."""
+    place = os.path.join(os.path.dirname(file), name)  # noqa: PTH118, PTH120
+    with open(place, encoding="utf-8") as found:  # noqa: PTH123
+        return found.read()
+
+
+def _write_file(name: str, text: str) -> None:
+    """Raises ConfigError."""
+    try:
+        with open(name, "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(text)
+    except OSError as exc:
+        raise ConfigError(f"{name} cannot be written: {exc.strerror or exc}") from None
+
+
+def _migration_report(moved: Migration) -> str:
+    lines = ["# From TensorZero to BitRouter", ""]
+    lines += [f"- {count} {name}" for name, count in moved.counts.items()]
+    for level, title in (
+        ("warning", "Not carried over"), ("unknown", "Not known to TensorZero either"),
+        ("note", "Means something else now"), ("info", "Not needed"),
+    ):  # fmt: skip
+        said = [f"- `{note.where}`: {note.said}" for note in moved.notes if note.level == level]
+        lines += ["", f"## {title}", "", *said] if said else []
+    lines += ["", "## Model names", "", "Old names go on working; new clients may send:", ""]
+    lines += [f"- `{old}`: `{new}`" for old, new in moved.edits.items()]
+    return "\n".join(lines) + "\n"
+
+
 def show(args: argparse.Namespace, facts: JsonObject, rows: Iterable[Iterable[str]]) -> None:
     """JSON for machines, aligned columns for people."""
     if args.json or not (args.human or sys.stdout.isatty()):
@@ -18111,6 +19616,14 @@ COMMANDS: tuple[Command, ...] = (
             (*_CONFIG, *_OUTPUT)),
     Command("config validate", "check the configuration file; needs no secrets", command_validate,
             (*_CONFIG, *_OUTPUT)),
+    Command("migrate tensorzero", "turn TensorZero's configuration into ours", command_migrate, (
+        (("paths",), {"nargs": "+", "metavar": "PATH", "help": "its files, or globs of them"}),
+        (("-o", "--output"), {"default": "", "metavar": "FILE", "help": "instead of stdout"}),
+        (("--report",), {"default": "", "metavar": "FILE",
+                         "help": "what became of each key, as Markdown or .json"}),
+        (("--check",), {"action": "store_true", "help": "write no configuration"}),
+        (("--strict",), {"action": "store_true", "help": "fail if there is a warning"}),
+        *_OUTPUT)),
     Command("config schema", "print a JSON Schema of the configuration file", command_schema),
     Command("config show", "show what is in force, and where each value comes from", command_show,
             (*_CONFIG, *_OUTPUT)),

@@ -316,9 +316,18 @@ def test_a_broken_file_is_not_served_and_all_problems_are_told(bad: str) -> None
     assert all(f"{bad}:{line}: " in err for line in (2, 3, 5))
 
 
-def test_a_file_whose_variables_are_not_set_is_not_served(good: str) -> None:
-    status, _, err = run("-c", good, "--port", "0")
-    assert status == 1 and f"{good}:3: " in err and "MY_KEY is not set" in err
+def test_a_server_whose_own_variables_are_not_set_does_not_start(tmp_path: Path) -> None:
+    path = tmp_path / "bitrouter.toml"
+    path.write_text('[server]\n\nbase_path = "/${NOWHERE}"\n')
+    status, _, err = run("--port", "0")
+    assert status == 1 and f"{path.name}:3: server.base_path: " in err
+    assert "NOWHERE is not set" in err
+
+
+def test_a_variable_that_is_not_set_breaks_only_what_uses_it(good: str) -> None:
+    ran = run("route", "-c", good, "openai/gpt-4o")
+    assert ran.status == 1 and "MY_KEY is not set" in ran.err
+    assert run("route", "-c", good, "echo/echo").status == 0
 
 
 @pytest.mark.parametrize("auth", ["auto", "none"])
