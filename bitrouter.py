@@ -11484,7 +11484,7 @@ class Router:
                     raise BadRequest(said, param=f"provider.{key}")
 
     def _legs(self, model: str, op: Operation, wishes: Wishes, left_out: list[str]) -> list[Leg]:
-        named = self._named(model, wishes)
+        named, asked = self._named(model, wishes), wishes
         preset, wishes = named.preset, named.wishes
         if preset is None:
             return [self._leg(named.base, op, wishes, (), left_out)._replace(model=model)]
@@ -11504,7 +11504,7 @@ class Router:
         for fallback in preset.fallbacks:
             inner = fallback[1:] if fallback.startswith("@") else ""
             candidate = Candidate(preset=inner) if inner else Candidate(model=fallback)
-            found = self._candidate(candidate, preset, names, named.wishes)
+            found = self._candidate(candidate, preset, names, asked)
             legs.append(found._replace(weight=0.0))
         return self._usable(legs, op, model, left_out)
 
@@ -17440,9 +17440,8 @@ async def _hedged(
         _adopt(call, race.winner or leader)
     if race.winner is None:
         errors = [task.exception() for task in tasks if not task.cancelled()]
-        seconds = [racer for racer in tasks.values() if racer is not leader]
-        for racer in seconds:
-            call.failed = [*call.failed, *racer.failed[len(leader.failed) :]]
+        for racer in tasks.values():
+            call.failed = [*call.failed, *(one for one in racer.failed if one not in call.failed)]
         surfaced = next((e for e in errors if e and not isinstance(e, AllAttemptsFailed)), None)
         raise surfaced if surfaced and len(tasks) == 1 else _sum_up(call)
 
@@ -18587,13 +18586,13 @@ async def serve(
     stop_health = start_health_listener(app) if app.config.server.health_listen else None
     app.writer.attach(loop)
     _on_signals(app, loop, stop)
+    controller = await _open_control(app, control) if control else None
     greet(app, listener)
     raise_descriptor_limit()
     _collect_less()
     if find_local:
         app.spawn(_discover_for_ever(app))
     app.spawn(_watch(app, watched))
-    controller = await _open_control(app, control) if control else None
     await stop.wait()
     app.writer.event("draining", {"connections": listener.connections})
     draining = app.spawn(listener.drain())
