@@ -43,20 +43,21 @@ Contents
     23. shaping     what the configuration puts into requests and takes out of them
     24. templates   text with places to fill in
     25. migrate     a TensorZero configuration -> ours
-    26. echo        the built-in model
-    27. logs        one line per event, for people or for machines
-    28. transport   the HTTP client: pool, TLS, proxies, deadlines
-    29. memory      what is kept of conversations, for a while
-    30. fetch       media at a URL, for targets that want the bytes
-    31. runtime     App: everything a request needs
-    32. callers     connections from callers
-    33. exchange    one request to one target, and its answer on its way to the caller
-    34. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
-    35. attempts    the loop of retries and fallbacks
-    36. explain     whom a request goes to, and why
-    37. pipeline    one request's life; the handlers
-    38. server      listening, finding local servers, draining
-    39. cli         the command line
+    26. bridge      TensorZero's clients, unchanged
+    27. echo        the built-in model
+    28. logs        one line per event, for people or for machines
+    29. transport   the HTTP client: pool, TLS, proxies, deadlines
+    30. memory      what is kept of conversations, for a while
+    31. fetch       media at a URL, for targets that want the bytes
+    32. runtime     App: everything a request needs
+    33. callers     connections from callers
+    34. exchange    one request to one target, and its answer on its way to the caller
+    35. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
+    36. attempts    the loop of retries and fallbacks
+    37. explain     whom a request goes to, and why
+    38. pipeline    one request's life; the handlers
+    39. server      listening, finding local servers, draining
+    40. cli         the command line
 
 A section uses its own names and those of the sections before it, never those after it, and a
 name that starts with an underscore is private to its section. Sections marked (pure) do no
@@ -1432,6 +1433,7 @@ class Traits(NamedTuple):
         custom_tools: it knows tools whose input is free text.
         call_ids: it wants function calls to keep their ids.
         fetches_urls: it gets media by URL itself.
+        answer_tool: what to call a tool whose input is the answer.
         many: it makes several choices in one answer.
         echoes_reasoning: it wants its plain reasoning back.
         breakpoints: it takes marks of what to keep in its prompt cache (OpenAI's protocols).
@@ -1455,6 +1457,7 @@ class Traits(NamedTuple):
     custom_tools: bool = False
     call_ids: bool = True
     fetches_urls: bool = True
+    answer_tool: str = "json_output"
     many: bool = True
     echoes_reasoning: bool = False
     breakpoints: bool = False
@@ -7394,7 +7397,6 @@ _MAX_STOPS = {
     ApiProtocol.GENERATE_CONTENT: 5,
 }  # fmt: skip
 
-_ANSWER_TOOL = "json_output"
 _OBJECT_ONLY = "Answer with one JSON object and nothing else: no code fence, no words around it."
 _NO_RESULT = "[no result: the call was not answered]"
 
@@ -7798,7 +7800,7 @@ def _with_output(
     if protocol is ApiProtocol.GENERATE_CONTENT and prompt.tools and not traits.call_ids:
         way = "tool"  # wire: before Gemini 3, no JSON mode beside functions
     if way == "tool" and traits.forced_tools:
-        return _with_answer_tool(prompt, schema)
+        return _with_answer_tool(prompt, schema, traits)
     if way in ("tool", "prompt"):
         losses.add("schema_not_enforced", "response_format")
         shown = json.dumps(schema, ensure_ascii=False)
@@ -7825,7 +7827,7 @@ def _with_json_object(
     return prompt, Undo()
 
 
-def _with_answer_tool(prompt: Prompt, schema: JsonObject) -> tuple[Prompt, Undo]:
+def _with_answer_tool(prompt: Prompt, schema: JsonObject, traits: Traits) -> tuple[Prompt, Undo]:
     """The answer as the input of a tool that the model must call."""
     wrapped = schema.get("type") != "object" or any(
         k in schema for k in ("anyOf", "oneOf", "allOf")
@@ -7836,10 +7838,10 @@ def _with_answer_tool(prompt: Prompt, schema: JsonObject) -> tuple[Prompt, Undo]
         inner = {k: v for k, v in schema.items() if k not in definitions}
         given = {"type": "object", "properties": {"value": inner}, "required": ["value"]}
         given |= definitions
-    name = _ANSWER_TOOL
+    name = traits.answer_tool
     while any(tool.name == name for tool in prompt.tools):
         name += "_"
-    tool = Tool(name, "Give the final answer.", given)
+    tool = Tool(name, "Respond to the user using the output schema provided.", given)
     choice = ToolChoice("named", (name,))
     if prompt.tools:
         said = f"Give your final answer by calling {name}."
@@ -9683,10 +9685,15 @@ class ProviderConfig(Shaping):
 
 @dataclass(slots=True)
 class Endpoint(Shaping):
-    """weight: its share where the strategy is to balance."""
+    """
+    Attributes:
+        name: what TensorZero's clients call it, where they say so.
+        weight: its share where the strategy is to balance.
+    """
 
     provider: str
     service_id: str
+    name: str = ""
     weight: float = _limited(1.0, low=0)
     rate_limits: RateLimit = field(default_factory=RateLimit)
 
@@ -9742,6 +9749,7 @@ class Preset(Shaping):
     """Asked for as @NAME, @NAME/MODEL or @NAME:VARIANT.
 
     Attributes:
+        output: json if TensorZero's own clients are to get the answer as JSON, too.
         structured: tool asks for answers that follow a schema by way of a tool that the model must
             call, whatever else its provider has.
         system_mode: fill gives the system prompt to requests that have none, prepend puts it
@@ -9757,6 +9765,7 @@ class Preset(Shaping):
     system_mode: str = _limited("fill", words=("fill", "prepend", "replace"))
     templates: dict[str, str] = field(default_factory=dict)
     structured: str = _limited("", words=("", "tool"))
+    output: str = _limited("", words=("", "json"))
     routing: Routing = field(default_factory=Routing)
     fallbacks: tuple[str, ...] = ()
     candidates: tuple[Candidate, ...] = ()
@@ -10058,7 +10067,7 @@ class _Reader:
     def _check_header(self, path: _KeyPath, name: str, value: str) -> None:
         if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or not is_header_text(value):
             self.problem(path, "not fit for an HTTP header")
-        elif name.lower() in _OUR_HEADERS:
+        elif name.lower() in OUR_HEADERS:
             self.problem(path, "this header is not yours to set")
 
     def rate_rules(self, raw: Json, path: _KeyPath) -> RateRules:
@@ -10631,7 +10640,7 @@ def _check_derives(ident: str, base: str, config: Config, reader: _Reader) -> No
         base = given.derives if given else ""
 
 
-_OUR_HEADERS = {
+OUR_HEADERS = {
     "host", "content-length", "transfer-encoding", "connection", "content-type", "te", "upgrade",
     "expect", "trailer", "accept-encoding", "content-encoding",
 }  # fmt: skip
@@ -11172,6 +11181,7 @@ class Target:
         key_from: the caller's header that holds the key.
         retry: of this target, where it differs.
         preset: the name of the preset by which it was come to.
+        virtual, endpoint: the names of the virtual model and of the endpoint in it.
         key: what health is kept by.
     """
 
@@ -11202,6 +11212,8 @@ class Target:
     compatibility: ChatCompatibility | None = None
     retry: Retry | None = None
     preset: str = ""
+    virtual: str = ""
+    endpoint: str = ""
 
     @property
     def traits(self) -> Traits:
@@ -11209,7 +11221,8 @@ class Target:
         if self.max_output:
             traits = traits._replace(max_output=self.max_output)
         if self.shape.structured:
-            traits = traits._replace(schema=self.shape.structured)
+            # as TensorZero calls it, whose models may have been trained on it
+            traits = traits._replace(schema=self.shape.structured, answer_tool="respond")
         if self.compatibility and self.compatibility.token_limit_field:
             traits = traits._replace(max_tokens_field=self.compatibility.token_limit_field)
         return traits
@@ -11235,7 +11248,7 @@ class _Place(NamedTuple):
     model: str
     reason: str
     rank: int = 0
-    whose: tuple[Shaping, ...] = ()
+    whose: tuple[VirtualModel, Endpoint] | tuple[()] = ()
     number: int = 0
 
 
@@ -11571,6 +11584,9 @@ class Router:
                 unwanted.append(f"{place.provider}: {why_not}")
                 continue
             here = self._targets(provider, place, protocol, price, shapes)
+            if place.whose:
+                for target in here:
+                    target.virtual, target.endpoint = model, place.whose[1].name
             targets += here
             reasons += [place.reason] * len(here)
         left_out += unwanted
@@ -12979,7 +12995,7 @@ def _snake(name: str) -> str:
 
 def _system_in_chat(body: JsonObject, text: str, mode: str) -> list[Change]:
     messages = as_list(body.get("messages"))
-    theirs = [n for n, one in enumerate(messages) if dig(one, "role") in _SYSTEM_ROLES]
+    theirs = [n for n, one in enumerate(messages) if dig(one, "role") in SYSTEM_ROLES]
     mine = Change("/messages/0", {"role": "system", "content": text}, insert=True)
     if not theirs:
         return [mine]
@@ -12991,12 +13007,12 @@ def _system_in_chat(body: JsonObject, text: str, mode: str) -> list[Change]:
     return [_before(where, content, text, {"type": "text", "text": text})]
 
 
-_SYSTEM_ROLES = ("system", "developer")
+SYSTEM_ROLES = ("system", "developer")
 
 
 def _system_in_responses(body: JsonObject, text: str, mode: str) -> list[Change]:
     own, items = body.get("instructions"), as_list(body.get("input"))
-    theirs = [n for n, one in enumerate(items) if dig(one, "role") in _SYSTEM_ROLES]
+    theirs = [n for n, one in enumerate(items) if dig(one, "role") in SYSTEM_ROLES]
     if mode == "fill":
         return [] if own or theirs else [Change("/instructions", text)]
     if mode == "replace":
@@ -13040,9 +13056,9 @@ _SYSTEMS: dict[ApiProtocol, Callable[[JsonObject, str, str], list[Change]]] = {
 }
 
 
-def finished(body: bytes, target: Target) -> bytes:
-    """A request's body as a target's configuration wants it."""
-    edits, compatible = target.shape.edits, target.compatibility
+def finished(body: bytes, target: Target, more: tuple[BodyEdit, ...] = ()) -> bytes:
+    """A request's body as a target's configuration wants it, and then the request (more)."""
+    edits, compatible = (*target.shape.edits, *more), target.compatibility
     if not edits and compatible is None:
         return body
     document = Document(body)
@@ -13608,7 +13624,7 @@ _TZ_VARIANTS_WITHOUT = {
 }  # fmt: skip
 
 # A variant's fields that go into its preset's params, under their names there.
-_TZ_PARAMS = {
+TZ_PARAMS = {
     "temperature": "temperature", "top_p": "top_p", "max_tokens": "max_tokens",
     "presence_penalty": "presence_penalty", "frequency_penalty": "frequency_penalty",
     "seed": "seed", "stop_sequences": "stop", "reasoning_effort": "reasoning_effort",
@@ -13896,7 +13912,7 @@ class _Migrator:
         provider = self._provider(model, name, kind, facts, table)
         if provider is None:
             return None
-        endpoint: JsonObject = {"provider": provider, "service_id": service}
+        endpoint: JsonObject = {"provider": provider, "service_id": service, "name": name}
         endpoint |= self._edits_of(table) | self._deadlines(table)
         tools = table.take("provider_tools", list, [])
         if tools:
@@ -14134,11 +14150,12 @@ class _Migrator:
             if self._variant(name, variant, inner, kind, schema, shared):
                 variants[variant] = float(weight) if isinstance(weight, int | float) else 1.0
         table.end(_TZ_FUNCTION_KEYS)
-        self._preset_of(name, table.path, variants, weights, fallbacks)
+        self._preset_of(name, kind, table.path, variants, weights, fallbacks)
 
     def _preset_of(
         self,
         name: str,
+        kind: str,
         path: _TzPath,
         variants: Mapping[str, float],
         weights: Mapping[str, float] | None,
@@ -14150,11 +14167,12 @@ class _Migrator:
         if weights is None:
             chosen = {v: w for v, w in variants.items() if v not in fallbacks}
         else:
-            chosen = {v: w for v, w in weights.items() if v in variants}
+            chosen = {v: weights[v] for v in sorted(weights) if v in variants}
         if not any(chosen.values()):
             chosen = dict.fromkeys(chosen or variants, 1.0)
         ours = preset_name(name)
-        preset: JsonObject = {
+        preset: JsonObject = {"output": "json"} if kind == "json" else {}
+        preset |= {
             "candidates": [
                 {"preset": preset_name(f"{name}.{v}"), "weight": w} for v, w in chosen.items()
             ]
@@ -14247,7 +14265,7 @@ class _Migrator:
 
     def _sampling(self, table: _Table, model: str) -> JsonObject:
         params: JsonObject = {}
-        for theirs, ours in _TZ_PARAMS.items():
+        for theirs, ours in TZ_PARAMS.items():
             if theirs in table.left:
                 params[ours] = table.left.pop(theirs)
         budget = table.take("thinking_budget_tokens", int, 0)
@@ -14405,7 +14423,603 @@ def _toml_value(value: Json) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 26. echo: the built-in model (pure)
+# 26. bridge: TensorZero's clients, unchanged (pure)
+# ---------------------------------------------------------------------------------------------
+# Names and fields that begin with `tensorzero::`, and the native POST /inference, become requests
+# of Chat Completions with wishes of their own; answers go back under TensorZero's names.
+#
+# wire: TensorZero 2026.6.0, as its gateway was seen to answer, and its API reference, 2026-11
+
+_TZ = "tensorzero::"
+NATIVE_PATH = "/inference"
+
+
+class ScopedEdit(NamedTuple):
+    """A change of the body or of the headers that a request asks for, and for which targets."""
+
+    name: str  # a header, or a pointer
+    value: Json = None
+    delete: bool = False
+    variant: str = ""
+    model: str = ""
+    endpoint: str = ""
+
+    def fits(self, target: Target) -> bool:
+        return (
+            (not self.variant or target.preset.endswith(f".{self.variant}"))
+            and (not self.model or self.model in (target.virtual, target.model))
+            and (not self.endpoint or self.endpoint in (target.endpoint, target.provider))
+        )
+
+
+class Bridge(NamedTuple):
+    """What a request in TensorZero's words asks for beside what Chat Completions can say.
+
+    Attributes:
+        ident: of the inference.
+        asked: how the model was named, with its prefix.
+        function: its name; "" for a model.
+        native: it came to /inference.
+        json: a native answer is JSON with its parsed form.
+        wants: further parts of the answer.
+        responses: OpenAI is to be asked by its Responses API.
+    """
+
+    ident: str
+    episode: str
+    asked: str
+    function: str = ""
+    native: bool = False
+    json: bool = False
+    credentials: Mapping[str, str] = {}
+    body_edits: tuple[ScopedEdit, ...] = ()
+    header_edits: tuple[ScopedEdit, ...] = ()
+    wants: frozenset[str] = frozenset()
+    responses: bool = False
+
+    @property
+    def share(self) -> float:
+        """The number from [0, 1) by which an episode's variant is drawn."""
+        mark = self.function.encode() + bytes.fromhex(self.episode.replace("-", ""))
+        return int.from_bytes(hashlib.sha256(mark).digest()[:4]) / 2**32
+
+    def variant(self, target: Target) -> str:
+        if not self.function:
+            return target.virtual or target.model
+        return target.preset.removeprefix(f"{preset_name(self.function)}.")
+
+    def echoed(self, target: Target) -> str:
+        """The model's name in answers."""
+        if not self.function:
+            return self.asked
+        inner = target.preset != preset_name(self.function)
+        return f"{self.asked}::variant_name::{self.variant(target)}" if inner else self.asked
+
+
+def is_bridged(body: JsonObject, model: str) -> bool:
+    return model.startswith(_TZ) or any(name.startswith(_TZ) for name in body)
+
+
+def bridge_of(
+    body: JsonObject, model: str, config: Config, new_id: Callable[[], str], *, native: bool = False
+) -> tuple[Bridge, str]:
+    """What a request asks for, and our own id for its model. Raises BadRequest or NotFound."""
+    options = {
+        name.removeprefix(_TZ): value for name, value in body.items() if name.startswith(_TZ)
+    }
+    kind, name = _named_kind(model)
+    variant = options.get("variant_name")
+    responses = False
+    if kind == "function_name":
+        ours = _function(name, variant, config)
+    elif kind == "embedding_model_name":
+        ours = next((one for one in (f"embedding/{name}", name) if one in config.models), "")
+        ours = ours or shorthand(name)[0] or name
+    else:
+        ours = name if name in config.models else ""
+        if not ours:
+            ours, responses = shorthand(name)
+        ours = ours or name
+    if options.get("internal_dynamic_variant_config") is not None:
+        raise _not_shipped("internal_dynamic_variant_config")
+    function = name if kind == "function_name" else ""
+    preset = config.presets.get(preset_name(function)) if function else None
+    return Bridge(
+        new_id(),
+        _episode(options.get("episode_id")) or new_id(),
+        model if model.startswith(_TZ) else f"{_TZ}{kind}::{name}",
+        function,
+        native,
+        preset is not None and preset.output == "json",
+        _strings_of(options.get("credentials"), "credentials"),
+        _scoped(options.get("extra_body"), "extra_body", "pointer") + _tools(options),
+        _scoped(options.get("extra_headers"), "extra_headers", "name"),
+        frozenset(w for w in _TZ_WANTS if options.get(f"include_{w}") is True),
+        responses,
+    ), ours
+
+
+_TZ_WANTS = ("raw_response", "raw_usage", "original_response")
+_TZ_KINDS = ("function_name", "model_name", "embedding_model_name")
+
+
+def _named_kind(model: str) -> tuple[str, str]:
+    rest = model.removeprefix(_TZ)
+    for kind in _TZ_KINDS:
+        if model.startswith(_TZ) and rest.startswith(f"{kind}::"):
+            return kind, rest.removeprefix(f"{kind}::")
+    # as clients of before 2025-02 name functions
+    return ("function_name", rest) if model.startswith(_TZ) else ("model_name", model)
+
+
+def _function(name: str, variant: Json, config: Config) -> str:
+    ours = preset_name(name)
+    if ours not in config.presets:
+        near = near_misses(name, config.presets, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise NotFound(f"Unknown function: {printable(name, 64)}{hint}", param="model")
+    if variant is None:
+        return f"@{ours}"
+    pinned = preset_name(f"{name}.{variant}")
+    if pinned not in config.presets:
+        raise NotFound(
+            f"Unknown variant: {printable(str(variant), 64)}", param=f"{_TZ}variant_name"
+        )
+    return f"@{pinned}"
+
+
+def _episode(value: Json) -> str:
+    """An episode's id, which is a UUID of version 7."""
+    if value is None:
+        return ""
+    where = f"{_TZ}episode_id"
+    plain = value.replace("-", "").lower() if isinstance(value, str) else ""
+    if not re.fullmatch(r"[0-9a-f]{12}7[0-9a-f]{19}", plain):
+        raise BadRequest(
+            f"{where}: expected a UUID of version 7, got {show_json(value)}", param=where
+        )
+    return "-".join((plain[:8], plain[8:12], plain[12:16], plain[16:20], plain[20:]))
+
+
+def uuid7(now_ms: int, random_bits: int) -> str:
+    """RFC 9562, 5.7."""
+    number = (now_ms & (2**48 - 1)) << 80 | random_bits & (2**80 - 1)
+    number = number & ~(0xF << 76) | 7 << 76
+    number = number & ~(0x3 << 62) | 2 << 62
+    plain = f"{number:032x}"
+    return "-".join((plain[:8], plain[8:12], plain[12:16], plain[16:20], plain[20:]))
+
+
+def _strings_of(value: Json, name: str) -> dict[str, str]:
+    if value is None:
+        return {}
+    given = typed(value, dict, f"{_TZ}{name}")
+    return {str(key).lower(): str(one) for key, one in given.items()}
+
+
+def _scoped(value: Json, option: str, first: str) -> tuple[ScopedEdit, ...]:
+    edits = []
+    for where, one in each_object(value, f"{_TZ}{option}"):
+        name = typed(one.get(first), str, f"{where}.{first}")
+        delete = one.get("delete") is True
+        if delete is ("value" in one):
+            raise BadRequest(f"{where}: expected value, or delete = true", param=where)
+        if first == "pointer" and not name.startswith("/"):
+            raise BadRequest(f"{where}.pointer: expected a JSON pointer", param=where)
+        if first == "name":
+            _check_header(name, one.get("value"), where)
+        edits.append(ScopedEdit(
+            name, one.get("value"), delete, str(one.get("variant_name") or ""),
+            str(one.get("model_name") or ""),
+            str(one.get("provider_name") or one.get("model_provider_name") or ""),
+        ))  # fmt: skip
+    return tuple(edits)
+
+
+def _check_header(name: str, value: Json, where: str) -> None:
+    text = "" if value is None else typed(value, str, f"{where}.value")
+    if not re.fullmatch(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+", name) or not is_header_text(text):
+        raise BadRequest(f"{where}: not fit for an HTTP header", param=where)
+    if name.lower() in OUR_HEADERS:
+        raise BadRequest(f"{where}: this header is not yours to set", param=where)
+
+
+def _tools(options: JsonObject) -> tuple[ScopedEdit, ...]:
+    """Tools that a provider runs itself, for some of the targets."""
+    edits = []
+    for where, one in each_object(options.get("provider_tools"), f"{_TZ}provider_tools"):
+        scope = as_object(one.get("scope"))
+        tool = typed(one.get("tool"), dict, f"{where}.tool")
+        model, provider = str(scope.get("model_name") or ""), scope.get("provider_name")
+        endpoint = str(provider or scope.get("model_provider_name") or "")
+        edits.append(ScopedEdit("/tools/-", tool, model=model, endpoint=endpoint))
+    return tuple(edits)
+
+
+def _not_shipped(what: str) -> BadRequest:
+    return BadRequest(f"{_TZ}{what}: this is not shipped", param=f"{_TZ}{what}")
+
+
+# A request, without what only TensorZero understands.
+
+# What its OpenAI route knows. wire: TensorZero 2026.6.0, seen to refuse all others
+_TZ_FIELDS = {
+    "model", "messages", "frequency_penalty", "max_tokens", "max_completion_tokens",
+    "presence_penalty", "response_format", "seed", "stream", "stream_options", "temperature",
+    "tools", "tool_choice", "top_p", "parallel_tool_calls", "stop", "reasoning_effort",
+    "service_tier", "verbosity",
+}  # fmt: skip
+
+
+def bridged_changes(body: JsonObject, model: str, preset: Preset | None) -> Iterator[Change]:
+    """What makes of a request one of Chat Completions. preset: that of its function."""
+    if body.get(f"{_TZ}deny_unknown_fields") is True:
+        known = {name for name in body if name.startswith(_TZ)} | _TZ_FIELDS
+        if unknown := sorted(set(body) - known):
+            said = f"{_TZ}deny_unknown_fields is set, and these fields are not known: "
+            raise BadRequest(said + ", ".join(map(printable, unknown)), param=printable(unknown[0]))
+    for name in body:
+        if name.startswith(_TZ):
+            yield Change(f"/{name}", delete=True)
+    yield Change("/model", model)
+    wanted = as_object(dig(body, f"{_TZ}params", "chat_completion"))
+    for theirs, value in wanted.items():
+        ours = TZ_PARAMS.get(theirs)
+        if ours and value is not None:
+            if ours == "max_tokens" and "max_completion_tokens" in body:
+                ours = "max_completion_tokens"
+            yield Change(f"/{ours}", value)
+    shared = preset.params.get("tools") if preset else None
+    if isinstance(shared, list) and isinstance(body.get("tools"), list):
+        yield Change("/tools", [*shared, *body["tools"]])
+
+
+# The native request, as one of Chat Completions.
+
+_NATIVE_FIELDS = {
+    "function_name", "model_name", "input", "episode_id", "stream", "params", "variant_name",
+    "dryrun", "tags", "allowed_tools", "additional_tools", "tool_choice", "parallel_tool_calls",
+    "provider_tools", "output_schema", "cache_options", "credentials", "extra_body",
+    "extra_headers", "namespace", "include_raw_response", "include_raw_usage",
+    "include_original_response", "include_aggregated_response", "internal_dynamic_variant_config",
+    "internal",
+}  # fmt: skip
+_NATIVE_OPTIONS = _NATIVE_FIELDS - {
+    "function_name", "model_name", "input", "stream", "additional_tools", "tool_choice",
+    "parallel_tool_calls", "output_schema", "allowed_tools",
+}  # fmt: skip
+
+
+def native_as_chat(body: JsonObject) -> JsonObject:
+    """POST /inference as a request of Chat Completions with fields of TensorZero's. Raises
+    BadRequest, naming the field."""
+    if unknown := sorted(set(body) - _NATIVE_FIELDS):
+        near = near_misses(unknown[0], _NATIVE_FIELDS, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        name = printable(unknown[0], 64)
+        raise BadRequest(f"{name}: this field is not known{hint}", param=name)
+    function, model = maybe(body, "function_name", str), maybe(body, "model_name", str)
+    if bool(function) is bool(model):
+        raise BadRequest("expected function_name or model_name, one of them", param="model_name")
+    given = typed(body.get("input"), dict, "input")
+    name = f"function_name::{function}" if function else f"model_name::{model}"
+    chat: JsonObject = {"model": _TZ + name, "messages": list(_native_messages(given))}
+    chat |= {_TZ + key: body[key] for key in _NATIVE_OPTIONS if body.get(key) is not None}
+    if body.get("stream") is True:
+        chat |= {"stream": True, "stream_options": {"include_usage": True}}
+    if tools := [_native_tool(one, where) for where, one in each_object(
+        body.get("additional_tools"), "additional_tools")]:  # fmt: skip
+        chat["tools"] = tools
+    if (choice := body.get("tool_choice")) is not None:
+        specific = dig(choice, "specific")
+        named = {"type": "function", "function": {"name": specific}}
+        chat["tool_choice"] = named if specific else choice
+    if body.get("parallel_tool_calls") is not None:
+        chat["parallel_tool_calls"] = body["parallel_tool_calls"]
+    if schema := maybe(body, "output_schema", dict):
+        told = {"name": "response", "strict": True, "schema": schema}
+        chat["response_format"] = {"type": "json_schema", "json_schema": told}
+    return chat
+
+
+def _native_tool(tool: JsonObject, where: str) -> JsonObject:
+    function: JsonObject = {"name": typed(tool.get("name"), str, f"{where}.name")}
+    function["description"] = maybe(tool, "description", str) or ""
+    function["parameters"] = maybe(tool, "parameters", dict) or {}
+    if tool.get("strict") is True:
+        function["strict"] = True
+    return {"type": "function", "function": function}
+
+
+def _native_messages(given: JsonObject) -> Iterator[JsonObject]:
+    system = given.get("system")
+    if system is not None:
+        content = [{_ARGUMENTS: system}] if isinstance(system, dict) else system
+        yield {"role": "system", "content": content}
+    for where, message in each_object(given.get("messages"), "input.messages"):
+        role, content = message.get("role"), message.get("content")
+        if role not in ("user", "assistant"):
+            said = f"{where}.role: expected user or assistant, got {show_json(role)}"
+            raise BadRequest(said, param=f"{where}.role")
+        if isinstance(content, str):
+            yield {"role": role, "content": content}
+        elif isinstance(content, dict):
+            yield {"role": role, "content": [{_ARGUMENTS: content}]}
+        else:
+            yield from _native_turn(str(role), content, f"{where}.content")
+
+
+def _native_turn(role: str, content: Json, where: str) -> Iterator[JsonObject]:
+    """One message; results of tools are messages of their own in Chat Completions."""
+    parts: list[JsonObject] = []
+    calls: list[JsonObject] = []
+    thoughts = ""
+    for here, block in each_object(content, where):
+        kind = block.get("type")
+        if kind == "tool_call":
+            arguments = block.get("raw_arguments", block.get("arguments"))
+            text = arguments if isinstance(arguments, str) else _ASCII_JSON_OF(arguments or {})
+            name = str(block.get("name") or block.get("raw_name") or "")
+            function = {"name": name, "arguments": text}
+            calls.append({"id": str(block.get("id")), "type": "function", "function": function})
+        elif kind == "tool_result":
+            result = block.get("result")
+            text = result if isinstance(result, str) else _ASCII_JSON_OF(result)
+            yield {"role": "tool", "tool_call_id": str(block.get("id")), "content": text}
+        elif kind == "thought":
+            thoughts += str(block.get("text") or "")
+        else:
+            parts.append(_native_part(block, here))
+    if parts or calls or thoughts:
+        message: JsonObject = {"role": role, "content": parts or None}
+        message |= {"tool_calls": calls} if calls else {}
+        message |= {"reasoning_content": thoughts} if thoughts else {}
+        yield message
+
+
+_ASCII_JSON_OF = json.JSONEncoder(separators=(",", ":")).encode
+
+
+def _native_part(block: JsonObject, where: str) -> JsonObject:
+    kind = block.get("type")
+    if kind in _NATIVE_PARTS:
+        return _NATIVE_PARTS[kind](block, where)
+    raise BadRequest(
+        f"{where}.type: expected {', '.join(_NATIVE_PARTS)}, tool_call, tool_result or thought; "
+        f"got {show_json(kind)}",
+        param=f"{where}.type",
+    )
+
+
+def _native_text(block: JsonObject, where: str) -> JsonObject:
+    given = block.get("arguments", block.get("text", block.get("value")))
+    if isinstance(given, dict):
+        return {_ARGUMENTS: given}
+    return {"type": "text", "text": typed(given, str, f"{where}.text")}
+
+
+def _native_file(block: JsonObject, where: str) -> JsonObject:
+    mime, data = str(block.get("mime_type") or ""), block.get("data")
+    url = data_url(Media("", mime, data)) if isinstance(data, str) else block.get("url")
+    url = typed(url, str, f"{where}.url")
+    if (mime or mime_of_path(url) or "image/").startswith("image/"):
+        return {"type": "image_url", "image_url": {"url": url}}
+    name = str(block.get("filename") or "file")
+    return {"type": "file", "file": {"file_data": url, "filename": name}}
+
+
+_NATIVE_PARTS: dict[Any, Callable[[JsonObject, str], JsonObject]] = {
+    "text": _native_text,
+    "raw_text": lambda block, _: {"type": f"{_TZ}raw_text", "value": block.get("value")},
+    "template": lambda block, _: {**block, "type": f"{_TZ}template"},
+    "file": _native_file,
+    "image": _native_file,
+}
+
+
+# Templates, filled in with the arguments that a request sends.
+
+_ARGUMENTS = f"{_TZ}arguments"
+
+
+def filled_messages(body: JsonObject, templates: Mapping[str, str]) -> list[Json] | None:
+    """A request's messages with its templates filled in; None if nothing is to be. Raises
+    BadRequest for what a template lacks."""
+    messages = as_list(body.get("messages"))
+    new: list[Json] = []
+    for n, message in enumerate(messages):
+        role = str(dig(message, "role"))
+        where = f"messages[{n}].content"
+        content = dig(message, "content")
+        if isinstance(content, str) and role in templates:
+            text = _filled(templates, role, {f"{role}_text": content}, where)
+            new.append({**message, "content": text})
+        elif isinstance(content, list):
+            parts = [
+                _filled_part(part, role, templates, f"{where}[{i}]")
+                for i, part in enumerate(content)
+            ]
+            told = parts[0]["text"] if len(parts) == 1 and _is_text(parts[0]) else parts
+            new.append({**message, "content": content if parts == content else told})
+        else:
+            new.append(message)
+    if "system" in templates and not any(dig(m, "role") in SYSTEM_ROLES for m in messages):
+        text = _filled(templates, "system", {}, "messages")
+        new.insert(0, {"role": "system", "content": text})
+    return None if new == messages else new
+
+
+def _is_text(part: Json) -> bool:
+    return isinstance(part, dict) and {*part} == {"type", "text"} and part["type"] == "text"
+
+
+def _filled_part(part: Json, role: str, templates: Mapping[str, str], where: str) -> Json:
+    facts = as_object(part)
+    kind = facts.get("type")
+    if kind == f"{_TZ}raw_text":
+        return {"type": "text", "text": typed(facts.get("value"), str, f"{where}.value")}
+    name, given = role, facts  # as clients of before 2025 send arguments
+    if kind == f"{_TZ}template":
+        name = typed(facts.get("name"), str, f"{where}.name")
+        given = maybe(facts, "arguments", dict) or {}
+    elif _ARGUMENTS in facts:
+        given = typed(facts[_ARGUMENTS], dict, f"{where}.{_ARGUMENTS}")
+    elif _is_text(part) and role in templates:
+        given = {f"{role}_text": facts["text"]}
+    elif not facts or "type" in facts:
+        return part
+    return {"type": "text", "text": _filled(templates, name, given, where)}
+
+
+def _filled(templates: Mapping[str, str], name: str, given: JsonObject, where: str) -> str:
+    if name not in templates:
+        raise BadRequest(f"{where}: there is no template {printable(name, 64)}", param=where)
+    try:
+        return render_template(templates[name], given, templates)
+    except TemplateError as error:
+        raise BadRequest(f"{where}: the template {name}: {error}", param=where) from None
+
+
+# Answers.
+
+
+def bridged_answer(
+    value: JsonObject, bridge: Bridge, target: Target, cost_usd: float | None
+) -> JsonObject:
+    """An answer, or an event, of Chat Completions under TensorZero's names."""
+    if "choices" not in value and "data" not in value:
+        return value
+    told: JsonObject = {**value, "model": bridge.echoed(target)}
+    if "choices" in value:
+        told |= {"id": bridge.ident, "episode_id": bridge.episode}
+        told["system_fingerprint"] = value.get("system_fingerprint") or ""
+        told["service_tier"] = value.get("service_tier")
+    if isinstance(value.get("usage"), dict):
+        told["usage"] = {**value["usage"], "tensorzero_cost": cost_usd}
+    return told
+
+
+class BridgedEncoder:
+    """The encoder of Chat Completions, with each event's names changed."""
+
+    def __init__(self, inner: StreamEncoder, change: Callable[[JsonObject], JsonObject]) -> None:
+        self._inner = inner
+        self._change = change
+
+    def encode(self, part: StreamPart) -> bytes:
+        return self._changed(self._inner.encode(part))
+
+    def end(self, usage: Usage) -> bytes:
+        return self._changed(self._inner.end(usage))
+
+    def fail(self, error: BitrouterError) -> bytes:
+        return self._inner.fail(error)
+
+    def _changed(self, events: bytes) -> bytes:
+        out = []
+        for raw in split_events(events):
+            event = parse_event(raw)
+            value = object_in(event.data.decode()) if event else None
+            changed = value is not None and "choices" in value
+            out.append(sse_encode(compact(self._change(value or {}))) if changed else raw)
+        return b"".join(out)
+
+
+_NATIVE_FINISHES = {
+    Finish.STOP: "stop", Finish.STOP_SEQUENCE: "stop_sequence", Finish.LENGTH: "length",
+    Finish.CONTEXT_WINDOW: "length", Finish.TOOL_CALLS: "tool_call",
+    Finish.CONTENT_FILTER: "content_filter", Finish.REFUSAL: "content_filter",
+}  # fmt: skip
+
+
+def native_answer(
+    choices: list[Choice], usage: Usage, bridge: Bridge, variant: str, cost_usd: float | None
+) -> JsonObject:
+    """An answer as POST /inference gives it."""
+    [choice, *_] = choices
+    facts: JsonObject = {
+        "inference_id": bridge.ident, "episode_id": bridge.episode, "variant_name": variant,
+    }  # fmt: skip
+    if bridge.json:
+        raw = "".join(block.text for block in choice.content if isinstance(block, Text))
+        facts["output"] = {"raw": raw, "parsed": object_in(raw)}
+    else:
+        facts["content"] = [_native_block(block) for block in choice.content]
+    facts["usage"] = _native_usage(usage, cost_usd)
+    facts["finish_reason"] = _NATIVE_FINISHES.get(choice.finished.finish, "unknown")
+    return facts
+
+
+def _native_usage(usage: Usage, cost_usd: float | None) -> JsonObject:
+    counts = {"input_tokens": usage.input_tokens, "output_tokens": usage.output_tokens}
+    return {**counts, "cost": cost_usd}
+
+
+def _native_block(block: Block) -> JsonObject:
+    match block:
+        case ToolCall():
+            parsed = object_in(block.arguments or "{}")
+            call = {"type": "tool_call", "id": block.id, "raw_name": block.name}
+            call |= {"raw_arguments": block.arguments or "{}", "name": block.name}
+            return {**call, "arguments": parsed}
+        case Reasoning(text, opaque):
+            return {"type": "thought", "text": text, "signature": opaque.data if opaque else None}
+        case Media():
+            return {"type": "unknown", "data": {"mime_type": block.mime}}
+    return {"type": "text", "text": block.text}
+
+
+class NativeEncoder:
+    """The events of a streamed POST /inference."""
+
+    def __init__(self, bridge: Bridge, variant: str, cost: Callable[[Usage], float | None]) -> None:
+        self._bridge = bridge
+        self._cost = cost
+        self._head: JsonObject = {
+            "inference_id": bridge.ident, "episode_id": bridge.episode, "variant_name": variant,
+        }  # fmt: skip
+        self._blocks: dict[int, Block] = {}
+        self._finish = "stop"
+
+    def encode(self, part: StreamPart) -> bytes:
+        match part:
+            case Open(key, block):
+                self._blocks[key] = block
+                return self._call(block, "") if isinstance(block, ToolCall) else b""
+            case Delta(key, text):
+                return self._grown(key, self._blocks[key], text)
+            case Finished():
+                self._finish = _NATIVE_FINISHES.get(part.finish, "unknown")
+        return b""
+
+    def end(self, usage: Usage) -> bytes:
+        last: JsonObject = {"usage": _native_usage(usage, self._cost(usage))}
+        last["finish_reason"] = self._finish
+        return self._event(last, [], "") + b"data: [DONE]\n\n"
+
+    def fail(self, error: BitrouterError) -> bytes:
+        return sse_encode(compact({"error": error.message}))
+
+    def _grown(self, key: int, block: Block, text: str) -> bytes:
+        if isinstance(block, ToolCall):
+            return self._call(block, text)
+        if self._bridge.json and isinstance(block, Text):
+            return self._event({}, [], text)
+        kind = "thought" if isinstance(block, Reasoning) else "text"
+        return self._event({}, [{"type": kind, "id": str(key), "text": text}], "")
+
+    def _call(self, call: ToolCall, text: str) -> bytes:
+        name = "" if text else call.name
+        told = {"type": "tool_call", "id": call.id, "raw_name": name, "raw_arguments": text}
+        return self._event({}, [told], "")
+
+    def _event(self, more: JsonObject, content: list[JsonObject], raw: str) -> bytes:
+        inner = {"raw": raw} if self._bridge.json else {"content": content}
+        return sse_encode(compact({**self._head, **inner, **more}))
+
+
+# ---------------------------------------------------------------------------------------------
+# 27. echo: the built-in model (pure)
 # ---------------------------------------------------------------------------------------------
 # For trying things out with no key and no network. It repeats what the user said last, word by
 # word; `call NAME {json}` makes it call that tool; a JSON schema makes it return the schema's
@@ -14517,7 +15131,7 @@ def _stands_for(schema: JsonObject, root: JsonObject) -> Json:
 
 
 # ---------------------------------------------------------------------------------------------
-# 27. logs: one line per event, for people or for machines
+# 28. logs: one line per event, for people or for machines
 # ---------------------------------------------------------------------------------------------
 # `logging` is the front: one logger, `%`-arguments. The line of each request takes a short cut
 # past it (a LogRecord costs 8 us), to the same writer. Lines are gathered and written together:
@@ -14619,7 +15233,7 @@ def _logfmt(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 28. transport: the HTTP client: pool, TLS, proxies, deadlines
+# 29. transport: the HTTP client: pool, TLS, proxies, deadlines
 # ---------------------------------------------------------------------------------------------
 # asyncio's protocols rather than its streams, on both sides, because measurement says so: with
 # streams every event of an upstream wakes a task (+6 us) and every TLS connection holds a buffer
@@ -15318,7 +15932,7 @@ def origin_of(base: str) -> tuple[Origin, str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 29. memory: what is kept of conversations, for a while (pure)
+# 30. memory: what is kept of conversations, for a while (pure)
 # ---------------------------------------------------------------------------------------------
 
 
@@ -15358,7 +15972,7 @@ class Memory:
 
 
 # ---------------------------------------------------------------------------------------------
-# 30. fetch: media at a URL, for targets that want the bytes
+# 31. fetch: media at a URL, for targets that want the bytes
 # ---------------------------------------------------------------------------------------------
 # A URL in a prompt is a stranger's wish that we connect somewhere. So: https alone, to addresses of
 # the public Internet alone, looked up once and then connected to as looked up; few redirects,
@@ -15542,7 +16156,7 @@ def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadReques
 
 
 # ---------------------------------------------------------------------------------------------
-# 31. runtime: App: everything a request needs
+# 32. runtime: App: everything a request needs
 # ---------------------------------------------------------------------------------------------
 
 
@@ -15739,7 +16353,7 @@ def auth_required(config: Config) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# 32. callers: connections from callers
+# 33. callers: connections from callers
 # ---------------------------------------------------------------------------------------------
 # A connection assembles one whole request, then one coroutine serves it: the handler. While it
 # runs we go on reading, for that is how we learn that the caller hung up; what a caller sends
@@ -16198,7 +16812,7 @@ def _body_error(message: str) -> BitrouterError:
 
 
 # ---------------------------------------------------------------------------------------------
-# 33. exchange: one request to one target, and its answer on its way to the caller
+# 34. exchange: one request to one target, and its answer on its way to the caller
 # ---------------------------------------------------------------------------------------------
 # A target that speaks the caller's protocol gets the caller's bytes, but for model, key and usage,
 # and its answer goes back as it is. For any other target the request is read once, adapted and
@@ -16252,6 +16866,8 @@ class Call:
         rules: how upstreams are dealt with, as it was when the request came.
         needs: what it needs of a model, where that matters.
         skipped: targets that would have gone first, and why they did not.
+        bridge: what it asks for in TensorZero's words.
+        native: it came in the words of TensorZero's own API.
         race: where several attempts run at once, what decides which one answers.
         place: where in the chain the target stands.
         history: the messages that `previous_response_id` stands for, if we know them.
@@ -16287,6 +16903,8 @@ class Call:
     explain: bool = False
     explained: JsonObject | None = None
     skipped: dict[str, str] = field(default_factory=dict)
+    bridge: Bridge | None = None
+    native: bool = False
     race: Race | None = None
     place: int = 0
     shape: Shape = PLAIN
@@ -16305,7 +16923,13 @@ class Call:
 
     @property
     def codec(self) -> Codec:
-        return CODECS[self.op.protocol]
+        codec = CODECS[self.op.protocol]
+        return codec if self.bridge is None else _bridged_codec(self, codec)
+
+    def cost_of(self, usage: Usage) -> float | None:
+        """US dollars, if the target's prices are known."""
+        cost = cost_nanousd(usage, self.target.price) if self.target else None
+        return None if cost is None else cost / 1e9
 
     @property
     def prompt(self) -> Prompt:
@@ -16324,25 +16948,76 @@ class Call:
 
     def take_shape(self, shape: Shape) -> None:
         """Give the request the fields that go with a target. Raises BadRequest."""
-        if shape is self.shape or self.given is None:
+        if (shape is self.shape and self.bridge is None) or self.given is None:
             return
         changes = any(one.params or one.system or one.templates for one in (self.shape, shape))
         self.shape = shape
-        if changes:
-            self.document = shaped(self.given, shape, self.op.protocol)
+        if changes or self.bridge:
+            document = self.given
+            if self.op is CHAT_OP and (shape.templates or self.bridge):
+                messages = filled_messages(document.value, shape.templates)
+                if messages is not None:
+                    document = document.changed([Change("/messages", messages)])
+            self.document = shaped(document, shape, self.op.protocol)
             self._prompt = None
+
+    def own_edits(self, target: Target) -> tuple[tuple[BodyEdit, ...], dict[str, str | None]]:
+        """What the request itself wants changed in what a target gets: of the body, and headers,
+        with None for those to leave out."""
+        if self.bridge is None:
+            return (), {}
+        body = [one for one in self.bridge.body_edits if one.fits(target)]
+        headers = [one for one in self.bridge.header_edits if one.fits(target)]
+        return (
+            tuple(BodyEdit(one.name, one.value, one.delete) for one in body),
+            {one.name.lower(): None if one.delete else str(one.value) for one in headers},
+        )
 
     def translates(self, target: Target) -> bool:
         """Whether a target must be asked in other words than the caller's."""
         other = target.protocol is not self.op.protocol or self.history is not None
+        if self.bridge and self.bridge.native:
+            return True
         return other or (target.shape.structured != "" and self.op.translates)
 
     def book(self, usage: Usage | None) -> None:
         """Note what was used, and what it cost if that is known."""
         self.usage = usage
-        if usage is not None and self.target is not None:
-            cost = cost_nanousd(usage, self.target.price)
-            self.cost_usd = None if cost is None else cost / 1e9
+        if usage is not None:
+            self.cost_usd = self.cost_of(usage)
+
+
+def _bridged_codec(call: Call, codec: Codec) -> Codec:
+    """The codec by which TensorZero's clients are answered."""
+    bridge = call.bridge
+    assert bridge is not None  # noqa: S101  this is what is asked before
+
+    def change(value: JsonObject) -> JsonObject:
+        if call.target is None:
+            return value
+        usage = codec.usage(value) if value.get("usage") else None
+        return bridged_answer(value, bridge, call.target, call.cost_of(usage) if usage else None)
+
+    if bridge.native:
+        variant = bridge.variant(call.target) if call.target else ""
+        return codec._replace(
+            render_response=lambda *given: native_answer(
+                given[2], given[3], bridge, variant, call.cost_of(given[3])
+            ),
+            encoder=lambda *_: NativeEncoder(bridge, variant, call.cost_of),
+            render_error=lambda error: {"error": error.message},
+        )
+
+    def mend(state: StreamState, value: JsonObject) -> JsonObject | None:
+        mended = codec.mend(state, value)
+        return {} if mended == {} else change(value if mended is None else mended)
+
+    return codec._replace(
+        dull=lambda _: False,
+        mend=mend,
+        render_response=lambda *given: change(codec.render_response(*given)),
+        encoder=lambda prompt, label: BridgedEncoder(codec.encoder(prompt, label), change),
+    )
 
 
 class Race:
@@ -16493,8 +17168,9 @@ def _request(
     if "{model}" in suffix:
         suffix = suffix.replace("{model}", quote(target.model, safe="/-._~:@"))
     query = f"?{query}" if query else ""
+    edits, headers = call.own_edits(target) if call.bridge else ((), {})
     if content_type == "application/json":
-        body = finished(body, target)
+        body = finished(body, target, edits)
     lines = [f"POST {path}{suffix}{query} HTTP/1.1\r\n", target.head.reveal()]
     own_protocol = target.protocol is call.op.protocol
     for name, value in call.headers.items():
@@ -16502,9 +17178,10 @@ def _request(
         if by_prefix and _CREDENTIAL.search(name):
             continue
         if (by_prefix or name in _FORWARDED) and name not in target.headers:
-            if name in target.shape.drop or name == target.key_from:
+            if name in target.shape.drop or name == target.key_from or name in headers:
                 continue
             lines.append(f"{name}: {value}\r\n")
+    lines += [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
     given = (own_protocol and "anthropic-version" in call.headers) or (
         "anthropic-version" in target.headers
     )
@@ -16833,17 +17510,42 @@ def _answer(
         translation.take_whole(value)
         if translation.paused:
             return
-        body = compact(translation.whole())
+        whole_answer = translation.whole()
+        body = compact(_with_wanted(whole_answer, call, body) if call.bridge else whole_answer)
         headers |= JSON_HEADERS | _warnings(call, translation)
         call.book(translation.state.usage)
     else:
         call.book(call.codec.usage(value))
-        if call.op.translates and b'"tool_calls"' in body:
+        if call.bridge:
+            body = compact(_with_wanted(call.codec.mend(StreamState(), value) or value, call, body))
+        elif call.op.translates and b'"tool_calls"' in body:
             mended = call.codec.mend(StreamState(), value)
             body = body if mended is None else compact(mended)
     headers |= _cost_header(call)
     call.first_at = time.monotonic()
     reply.send(head.status, body, headers)
+
+
+def _with_wanted(value: JsonObject, call: Call, raw: bytes) -> JsonObject:
+    """An answer for a client of TensorZero, with what it wants to see of the provider's own."""
+    bridge, target = call.bridge, call.target
+    if bridge is None or target is None or not bridge.wants:
+        return value
+    kind = {ApiProtocol.RESPONSES: "responses"}.get(target.protocol, "chat_completions")
+    facts = {"model_inference_id": bridge.ident, "provider_type": target.like or target.provider}
+    facts["api_type"] = kind
+    text = raw.decode("utf-8", "replace")
+    prefix = "" if bridge.native else "tensorzero_"
+    parts: JsonObject = {}
+    if "raw_usage" in bridge.wants:
+        answer = as_object(parse_json(raw))
+        told = answer.get("usage", answer.get("usageMetadata"))
+        parts["raw_usage"] = [{**facts, "data": told}]
+    if "raw_response" in bridge.wants:
+        parts["raw_response"] = [{**facts, "data": text}]
+    if "original_response" in bridge.wants:
+        parts["original_response"] = text
+    return {**value, **{prefix + name: part for name, part in parts.items()}}
 
 
 def _cost_header(call: Call) -> Headers:
@@ -17203,7 +17905,7 @@ class _RawSink:
 
 
 # ---------------------------------------------------------------------------------------------
-# 34. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
+# 35. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
 # ---------------------------------------------------------------------------------------------
 
 
@@ -17334,7 +18036,7 @@ async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 35. attempts: the loop of retries and fallbacks
+# 36. attempts: the loop of retries and fallbacks
 # ---------------------------------------------------------------------------------------------
 # For each target of the chain, in order: send; on a failure that another try may mend, wait a
 # little and try the same target again, or go on to the next. Once something has reached the
@@ -17508,13 +18210,18 @@ def _prepared(app: App, call: Call, target: Target) -> Target:
     BadRequest, or UpstreamUnfit if the request lacks the key."""
     call.take_shape(target.shape)
     target = _where_it_works(app, call, target)
+    bridge = call.bridge
+    if bridge and bridge.responses and ApiProtocol.RESPONSES in target.others:
+        target = at_protocol(target, ApiProtocol.RESPONSES)
     name = target.key_from
     if not name:
         return target
-    if not call.headers.get(name):
+    given = call.headers.get(name) or call.headers.get(f"x-bitrouter-key-{name}")
+    given = (bridge.credentials.get(name) if bridge else None) or given
+    if not given or not is_header_text(given):
         said = f"{target.name} takes its key from the request's header {name}, and it has none"
         raise UpstreamUnfit(said, status=401, kind=Kind.AUTH, code="provider_key_missing")
-    return with_head(replace(target, secret=Secret(call.headers[name])))
+    return with_head(replace(target, secret=Secret(given)))
 
 
 def _blame(app: App, target: Target, error: UpstreamError) -> None:
@@ -17719,7 +18426,7 @@ def _counted(messages: list[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 36. explain: whom a request goes to, and why
+# 37. explain: whom a request goes to, and why
 # ---------------------------------------------------------------------------------------------
 
 
@@ -17740,6 +18447,8 @@ def pick(app: App, call: Call, route: Route) -> tuple[Target, ...]:
         at = (call.model, session.key)
         if session.named or session.goes_on:
             drawn, first = app.conversations.get(at, now) or (None, None)
+        if weighed and call.bridge and call.bridge.function:
+            drawn = call.bridge.share
         if weighed and drawn is None:
             drawn = share_of(session.key) if session.named else app.random.random()
             app.conversations.put(at, (drawn, first), now, 1)
@@ -17845,7 +18554,7 @@ def _bounded(facts: JsonObject) -> JsonObject:
 
 
 # ---------------------------------------------------------------------------------------------
-# 37. pipeline: one request's life; the handlers
+# 38. pipeline: one request's life; the handlers
 # ---------------------------------------------------------------------------------------------
 # Every handler has the same shape: (app, request, reply). They raise; `handle` turns what they
 # raise into the error object of the protocol that the path belongs to.
@@ -17969,7 +18678,7 @@ def refuse(
     headers = {**JSON_HEADERS, **_retry_headers(error)}
     if isinstance(error, UpstreamError) and call and call.target:
         headers = returned_headers(error.headers) | served_by(call, call.target) | headers
-        if error.body:
+        if error.body and not call.native:
             # One provider, one answer: the caller gets its very bytes, in its very status.
             reply.send(error.status, error.body, headers)
             return
@@ -17977,7 +18686,10 @@ def refuse(
         headers["allow"] = str(error.extra.get("allow", ""))
     if isinstance(error, Unauthorized):
         headers["www-authenticate"] = 'Bearer realm="bitrouter"'
-    reply.send(codec.render_status(error), compact(codec.render_error(error)), headers)
+    told = codec.render_error(error)
+    if request and _read_path(app, request).below in (NATIVE_PATH, "/feedback"):
+        told = {"error": error.message}
+    reply.send(codec.render_status(error), compact(told), headers)
 
 
 def _refuse_unread(
@@ -18165,9 +18877,12 @@ def _read_call(
         call.model = named or ""
     elif media == "application/json" or media.endswith("+json"):
         call.document = Document(request.body)
+        if asked.native:
+            call.native = True
+            call.document = Document(compact(native_as_chat(call.document.value)))
         if not model:
             call.model = maybe(call.document.value, "model", str) or ""
-        _read_wishes(call)
+        _read_wishes(app, call)
     else:
         shown = printable(content_type, 60)
         raise UnsupportedMedia(f"content-type: expected application/json, got {shown!r}")
@@ -18200,10 +18915,36 @@ def call_of(app: App, op: Operation, model: str, headers: Headers, body: bytes) 
     return _read_call(app, request, asked, "", app.new_id(), time.monotonic())
 
 
-def _read_wishes(call: Call) -> None:
+def _cross_bridge(app: App, call: Call, document: Document) -> None:
+    """Make of a request in TensorZero's words one in ours. Raises BadRequest or NotFound."""
+    if call.op.protocol is not ApiProtocol.CHAT_COMPLETIONS:
+        raise BadRequest(
+            "model: names that begin with tensorzero:: are for /v1/chat/completions and "
+            "/v1/embeddings; `bitrouter migrate tensorzero` lists their names here",
+            param="model",
+        )
+    now_ms = time.time_ns() // 10**6
+
+    def new_id() -> str:
+        return uuid7(now_ms, app.random.getrandbits(80))
+
+    native = call.native
+    bridge, ours = bridge_of(document.value, call.model, app.config, new_id, native=native)
+    name = preset_name(bridge.function)
+    preset = app.config.presets.get(name) if bridge.function else None
+    if preset and preset.candidates and preset.candidates[0].preset:
+        preset = app.config.presets.get(preset.candidates[0].preset)
+    call.bridge, call.model = bridge, ours
+    call.document = document.changed(bridged_changes(document.value, ours, preset))
+
+
+def _read_wishes(app: App, call: Call) -> None:
     """Take what is meant for us out of a request: `models`, `provider` and `preset`. A gateway
     that the model id names gets them itself. Raises BadRequest, naming the field."""
     document = call.document
+    if document is not None and is_bridged(document.value, call.model):
+        _cross_bridge(app, call, document)
+        document = call.document
     if document is None or not any(name in document.value for name in _FOR_US):
         call.given = document
         return
@@ -18524,6 +19265,7 @@ class _Asked(NamedTuple):
     op: Operation | None = None
     model: str = ""
     page: Handler | None = None
+    native: bool = False  # in the words of TensorZero's own API
 
 
 @functools.lru_cache(maxsize=1024)
@@ -18537,6 +19279,13 @@ def _what_is_asked(path: Path, method: str) -> _Asked:
     if below in OPERATIONS:
         _check_method(method, "POST")
         return _Asked(OPERATIONS[below])
+    if below == NATIVE_PATH:
+        _check_method(method, "POST")
+        return _Asked(CHAT_OP, native=True)
+    if below == "/feedback":
+        raise ProtocolUnsupported(
+            "feedback is not shipped: keep it in your own store, by the ids that answers carry",
+        )
     page = _PAGES.get("/models" if below.startswith("/models/") else below)
     if page is None or (google and method == "POST"):
         known = [*GENERATE_PATHS.values(), "/v1/models", "/health"]
@@ -18556,7 +19305,7 @@ SERVICE = Service(screen, handle, _refuse_unread)
 
 
 # ---------------------------------------------------------------------------------------------
-# 38. server: listening, finding local servers, draining
+# 39. server: listening, finding local servers, draining
 # ---------------------------------------------------------------------------------------------
 
 _DRAIN_S = 30.0
@@ -18978,7 +19727,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 39. cli: the command line
+# 40. cli: the command line
 # ---------------------------------------------------------------------------------------------
 # Data on stdout, talk on stderr. JSON when stdout is no terminal, or with --json. Exit 0 when it
 # worked, 1 when it failed, 2 when the command was not understood.
