@@ -11351,7 +11351,10 @@ class Router:
         # Who shares the models of a provider of the registry, itself among them.
         self._alike: dict[str, list[str]] = {}
         for ident, provider in self.active.items():
-            self._alike.setdefault(provider.like, []).append(ident)
+            # One that only derives from another is asked by its own name, unless it has a rank.
+            ranked = provider.given.priority is not None or provider.given.class_
+            if provider.like == ident or ranked:
+                self._alike.setdefault(provider.like, []).append(ident)
 
     def resolve(
         self, model: str | tuple[str, ...], op: Operation, wishes: Wishes = NO_WISHES
@@ -11768,7 +11771,7 @@ class Router:
         like = provider.like
         known = find_model(f"{_LAB_OF[like]}/{place.model}" if like in _LAB_OF else place.model)
         told = declared or DeclaredModel("")
-        compatible = (declared or given).compatibility.chat_completions
+        compatible = _both_accents(given.compatibility, told.compatibility)
         return [
             with_head(
                 Target(
@@ -12028,6 +12031,16 @@ def _limits_of(
         at = (ident, account.label, "endpoint", place.model, str(place.number))
         limits.append((at, endpoint.rate_limits))
     return tuple(limits)
+
+
+def _both_accents(provider: Compatibility, model: Compatibility) -> ChatCompatibility:
+    """How a provider departs from its protocol, and one of its models from that."""
+    one, other = provider.chat_completions, model.chat_completions
+    return ChatCompatibility(
+        other.token_limit_field or one.token_limit_field,
+        one.supports_store and other.supports_store,
+        one.supports_stream_options and other.supports_stream_options,
+    )
 
 
 def _declared_price(told: Pricing) -> Price:
@@ -13089,8 +13102,8 @@ def _compatible(body: JsonObject, wanted: ChatCompatibility) -> Iterator[Change]
 # The part of minijinja that prompts use: {{ values }}, for, if, include, comments, whitespace
 # control, a few filters. What is not defined is an error, as it is in TensorZero.
 #
-# wire: docs.rs/minijinja 2, read 2026-11: one newline at the end of a template is dropped; values
-# are written as `true`, `none`, `[1, "a"]`.
+# wire: docs.rs/minijinja 2, and what TensorZero 2026.6.0 was seen to send: one newline at the end
+# of a template is dropped; values are written as `true`, `[1, "a", none]`, `{"a": 1, "b": 2}`.
 
 _MAX_TEMPLATE_DEPTH = 16
 _MAX_RENDERED = 1_000_000  # characters
@@ -13213,7 +13226,7 @@ def render_template(text: str, arguments: JsonObject, templates: Mapping[str, st
         templates: those that it may include, by name.
     """
     try:
-        return _render(parse_template(text), dict(arguments), templates, 0)
+        return _render(parse_template(text), _sorted(arguments), templates, 0)
     except TemplateError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, RecursionError) as exc:
@@ -13262,11 +13275,25 @@ def _render_loop(node: _Node, scope: JsonObject, templates: Mapping[str, str], d
     return "".join(out)
 
 
+def _sorted(value: Json) -> Json:
+    """A value whose objects are in the order of their keys, as TensorZero's are."""
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(one) for one in value] if isinstance(value, list) else value
+
+
 def _written_out(value: Json) -> str:
-    if isinstance(value, str):
-        return value
-    if value is None or isinstance(value, bool):
-        return {None: "none", True: "true", False: "false"}[value]
+    return value if isinstance(value, str) else _shown(value)
+
+
+def _shown(value: Json) -> str:
+    """A value as it is shown inside another one."""
+    if value is None:
+        return "none"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_shown(k)}: {_shown(v)}" for k, v in value.items()) + "}"
     return json.dumps(value, ensure_ascii=False)
 
 
@@ -13872,12 +13899,12 @@ class _Migrator:
         endpoints: list[JsonObject] = []
         known = dict(providers.tables())
         for one in routing:
-            if one not in known:
+            if not isinstance(one, str) or one not in known:
                 said = f"there is no provider {show_json(one)} in this model"
                 self.note("warning", (*table.path, "routing"), said)
                 continue
             self._kinds.setdefault(name, str(known[one].left.get("type")))
-            endpoint = self._endpoint(name, str(one), known[one])
+            endpoint = self._endpoint(name, one, known[one])
             endpoints += [endpoint] if endpoint else []
         for spare in sorted(set(known) - {str(one) for one in routing}):
             self.note("info", known[spare].path, "not in `routing`, so never used")
@@ -13887,7 +13914,7 @@ class _Migrator:
         if self._relay and not skips:
             target = f"tensorzero::model_name::{name}"
             endpoints = [{"provider": self._relay, "service_id": target}]
-        if not endpoints:
+        if not endpoints or ours.startswith("@") or not ours.strip():
             said = "no provider of this model could be carried over: it is left out"
             self.note("warning", table.path, said)
             return
@@ -13935,7 +13962,7 @@ class _Migrator:
     ) -> str | None:
         """The provider of ours that stands for an instance of a type: base, protocol and key."""
         ours = facts.ours
-        base = self._base(kind, table)
+        base = self._usable_base(kind, table, needed=not ours)
         if base is None:
             return None
         protocol = ""
@@ -13950,7 +13977,7 @@ class _Migrator:
         if field_name not in table.left and default is not None:
             table.left[field_name] = default
         own_key = field_name in table.left
-        if own_key or base or not ours:
+        if own_key or base or protocol or not ours:
             given |= self._key_of(table, field_name, facts.env, none=bool(base))
         if base:
             given["api_base"] = base
@@ -13985,6 +14012,15 @@ class _Migrator:
             self._providers[chosen] = given
             self._reasons["providers", chosen] = self.where(path)
         return chosen
+
+    def _usable_base(self, kind: str, table: _Table, *, needed: bool) -> str | None:
+        base = self._base(kind, table)
+        wrong = base_problem(base) if base and "${" not in base else ""
+        if needed and not base:
+            wrong = "this key is required"
+        if wrong:
+            self.note("warning", (*table.path, "api_base"), wrong)
+        return None if wrong else base
 
     def _base(self, kind: str, table: _Table) -> str | None:
         """Where a provider is, if not at its usual place; None if that cannot be told."""
@@ -14051,9 +14087,14 @@ class _Migrator:
             entries = []
             for i, one in enumerate(table.take(name, list, [])):
                 kept = {key: value for key, value in as_object(one).items() if key in known}
-                if kept.get("delete") is False:
-                    del kept["delete"]
-                if first not in kept or ("value" in kept) is ("delete" in kept):
+                if kept.get("delete") is not True:
+                    kept.pop("delete", None)
+                name_is_good = (
+                    re.fullmatch(r"(/([^~/]|~[01])*)+", str(kept.get(first)))
+                    if first == "pointer"
+                    else isinstance(kept.get("value", ""), str) and kept.get(first)
+                )
+                if not name_is_good or ("value" in kept) is ("delete" in kept):
                     said = f"expected {first}, and value or delete"
                     self.note("warning", (*table.path, f"{name}[{i}]"), said)
                     continue
@@ -14255,7 +14296,8 @@ class _Migrator:
             return name
         ours, responses = shorthand(name)
         if ours and responses:
-            given = {"derives": "openai", "api_protocol": "responses"}
+            given = {"api_key": "${OPENAI_API_KEY}", "api_protocol": "responses"}
+            given["derives"] = "openai"
             provider = self._named_provider("openai", "openai-responses", "openai", given, path)
             return f"{provider}:{ours.removeprefix('openai/')}"
         if ours:

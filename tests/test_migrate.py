@@ -1,0 +1,484 @@
+"""A configuration of TensorZero becomes one of ours, and no key is passed over in silence."""
+
+from __future__ import annotations
+
+import json
+import random
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bitrouter
+from bitrouter import (
+    CHAT_OP,
+    Migration,
+    MigrationError,
+    Router,
+    active_providers,
+    migrate_tensorzero,
+    parse_config,
+    preset_name,
+    shorthand,
+)
+
+FILES = {
+    "static.txt": "You are terse. Costs ${5}.\n",
+    "system.minijinja": "You are {{ name }}.\n{% include 'rules.txt' %}",
+    "rules.txt": "Rules of {{ name }}.",
+    "user.minijinja": "Say {{ x }}.",
+    "broken.minijinja": "{% macro x() %}{% endmacro %}",
+    "out.json": '{"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}',
+    "tool.json": '{"type": "object", "properties": {"q": {"type": "string"}}}',
+    "not.json": "{",
+}
+
+
+def read(file: str, name: str) -> str:
+    del file
+    if name not in FILES:
+        raise FileNotFoundError(2, "No such file or directory", name)
+    return FILES[name]
+
+
+def moved(*texts: str) -> Migration:
+    return migrate_tensorzero([(f"t{n}.toml", text) for n, text in enumerate(texts)], read)
+
+
+def ours(migration: Migration) -> dict[str, Any]:
+    assert parse_config(migration.text, {}).problems == []
+    return tomllib.loads(migration.text)
+
+
+def one_model(kind: str, more: str = "", model: str = "") -> str:
+    return f"""
+[models.m]
+routing = ["p"]
+[models.m.providers.p]
+type = "{kind}"
+{model}
+{more}
+"""
+
+
+NAMED = 'model_name = "n"'
+NO_KEY = 'api_key_location = "none"'
+LIMIT = {"chat_completions": {"token_limit_field": "max_completion_tokens"}}
+PLAIN_LIMIT = {"chat_completions": {"token_limit_field": "max_tokens"}}
+# fmt: off
+PROVIDERS: list[tuple[str, str, str, dict[str, Any]]] = [
+    # type and its keys                                      our provider     its table
+    ("openai", NAMED, "openai", {"compatibility": LIMIT}),
+    ("openai", f'{NAMED}\napi_base = "http://10.0.0.1:8000/v1/"\n{NO_KEY}', "p",
+     {"api_base": "http://10.0.0.1:8000/v1", "compatibility": LIMIT}),
+    ("openai", f'{NAMED}\napi_key_location = "env::OTHER"', "p",
+     {"api_key": "${OTHER}", "derives": "openai", "compatibility": LIMIT}),
+    ("openai", f'{NAMED}\napi_key_location = "path::/run/key"', "p",
+     {"api_key": "file:/run/key", "derives": "openai", "compatibility": LIMIT}),
+    ("openai", f'{NAMED}\napi_key_location = "path_from_env::KEY_FILE"', "p",
+     {"api_key": "file:${KEY_FILE}", "derives": "openai", "compatibility": LIMIT}),
+    ("openai", f'{NAMED}\napi_key_location = "dynamic::team"', "p",
+     {"api_key": "request:team", "derives": "openai", "compatibility": LIMIT}),
+    ("openai", f'{NAMED}\napi_key_location = {{default = "dynamic::k", fallback = "env::V"}}', "p",
+     {"accounts": [{"label": "default", "api_key": "request:k"},
+                   {"label": "fallback", "api_key": "${V}"}],
+      "derives": "openai", "compatibility": LIMIT}),
+    ("openai", f'{NAMED}\napi_type = "responses"\ninclude_encrypted_reasoning = true', "p",
+     {"api_key": "${OPENAI_API_KEY}", "api_protocol": "responses", "derives": "openai",
+      "compatibility": LIMIT}),
+    ("anthropic", NAMED, "anthropic", {}),
+    ("anthropic", f'{NAMED}\napi_base = "https://a.example/v1/messages"', "p",
+     {"api_key": "${ANTHROPIC_API_KEY}", "api_base": "https://a.example/v1",
+      "api_protocol": "messages"}),
+    ("google_ai_studio_gemini", NAMED, "google", {}),
+    ("azure", 'deployment_id = "n"\nendpoint = "https://x.openai.azure.com/"', "p",
+     {"api_key": "${AZURE_API_KEY}", "api_base": "https://x.openai.azure.com/openai/v1",
+      "derives": "azure", "compatibility": LIMIT}),
+    ("azure", 'deployment_id = "n"\nendpoint = "env::AZURE_URL"', "p",
+     {"api_key": "${AZURE_API_KEY}", "api_base": "${AZURE_URL}/openai/v1",
+      "derives": "azure", "compatibility": LIMIT}),
+    ("groq", NAMED, "groq", {}),
+    ("mistral", NAMED, "mistral", {}),
+    ("deepseek", NAMED, "deepseek", {}),
+    ("xai", NAMED, "xai", {}),
+    ("together", NAMED, "together", {}),
+    ("fireworks", NAMED, "fireworks", {}),
+    ("hyperbolic", NAMED, "hyperbolic", {}),
+    ("openrouter", NAMED, "openrouter", {}),
+    ("vllm", f'{NAMED}\napi_base = "http://10.0.0.1/v1"\n{NO_KEY}', "p",
+     {"api_base": "http://10.0.0.1/v1", "compatibility": PLAIN_LIMIT}),
+    ("sglang", f'{NAMED}\napi_base = "http://10.0.0.1/v1"', "p",
+     {"api_key": "${SGLANG_API_KEY}", "api_base": "http://10.0.0.1/v1",
+      "compatibility": PLAIN_LIMIT}),
+    ("tgi", f'api_base = "http://10.0.0.1/v1"\n{NO_KEY}', "p",
+     {"api_base": "http://10.0.0.1/v1", "compatibility": PLAIN_LIMIT}),
+    ("aws_bedrock", 'model_id = "n"\nregion = "us-east-1"', "aws-bedrock", {}),
+    ("gcp_vertex_gemini", 'model_id = "n"\nlocation = "us-east5"\nproject_id = "pr"', "p",
+     {"api_key": "${VERTEX_ACCESS_TOKEN}", "auth": "bearer", "api_protocol": "generate_content",
+      "api_base": "https://us-east5-aiplatform.googleapis.com/v1/projects/pr/locations/us-east5/"
+                  "publishers/google"}),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("kind", "keys", "provider", "table"), PROVIDERS)
+def test_each_type_of_provider_becomes_one_of_ours(
+    kind: str, keys: str, provider: str, table: dict[str, Any]
+) -> None:
+    migration = moved(one_model(kind, keys))
+    found = ours(migration)
+    service = "tgi" if kind == "tgi" else "n"
+    [endpoint] = found["models"]["m"]["endpoints"]
+    assert endpoint == {"provider": provider, "service_id": service, "name": "p"}
+    assert found.get("providers", {}).get(provider, {}) == table
+    assert migration.is_clean
+    assert migration.edits == {"tensorzero::model_name::m": "m"}
+
+
+@pytest.mark.parametrize("kind", ["gcp_vertex_anthropic", "aws_sagemaker", "dummy", "nonesuch", ""])
+def test_a_type_without_counterpart_is_told_with_a_way_out(kind: str) -> None:
+    migration = moved(one_model(kind, NAMED))
+    assert "models" not in ours(migration) and not migration.is_clean
+    assert any("type" in note.where for note in migration.notes)
+
+
+def test_equal_instances_share_a_provider_and_others_do_not() -> None:
+    text = "".join(
+        f"""
+[models.m{n}]
+routing = ["p"]
+[models.m{n}.providers.p]
+type = "openai"
+model_name = "n{n}"
+api_base = "{base}"
+"""
+        for n, base in enumerate(["http://10.0.0.1/v1", "http://10.0.0.1/v1", "http://10.0.0.2/v1"])
+    )
+    found = ours(moved(text))
+    assert sorted(found["providers"]) == ["m2-p", "p"]
+    used = [found["models"][f"m{n}"]["endpoints"][0]["provider"] for n in range(3)]
+    assert used == ["p", "p", "m2-p"]
+
+
+SHAPED = """
+[provider_types.openai.defaults]
+api_key_location = "env::TEAM_KEY"
+[models.m]
+routing = ["a", "b"]
+timeouts = {non_streaming.total_ms = 9000}
+[models.m.providers.a]
+type = "openai"
+model_name = "x"
+extra_body = [{pointer = "/user", delete = true}, {pointer = "/m", value = "${V}"}]
+extra_headers = [{name = "x-a", value = "1"}]
+timeouts = {streaming.ttft_ms = 500}
+cost = [
+  {pointer = "/usage/prompt_tokens", cost_per_million = 2.5},
+  {pointer = "/usage/prompt_tokens_details/cached_tokens", cost_per_million = -1.25},
+  {pointer = "/usage/completion_tokens", cost_per_million = 10},
+]
+provider_tools = [{type = "web_search"}]
+[models.m.providers.b]
+type = "groq"
+model_name = "y"
+reasoning_format = "parsed"
+[models.m.providers.spare]
+type = "xai"
+model_name = "z"
+[embedding_models.e]
+routing = ["p"]
+[embedding_models.e.providers.p]
+type = "openai"
+model_name = "text-embedding-3-small"
+[embedding_models.m]
+routing = ["p"]
+[embedding_models.m.providers.p]
+type = "openai"
+model_name = "text-embedding-3-large"
+"""
+
+
+def test_endpoints_keep_what_shapes_their_requests() -> None:
+    migration = moved(SHAPED)
+    found = ours(migration)
+    model = found["models"]["m"]
+    first, second = model["endpoints"]
+    assert model["timeouts"] == {"total_s": 9.0}
+    assert first["timeouts"] == {"first_token_s": 0.5}
+    assert first["extra_body"] == [
+        {"pointer": "/user", "delete": True},
+        {"pointer": "/m", "value": "$${V}"},
+        {"pointer": "/tools/-", "value": {"type": "web_search"}},
+    ]
+    assert first["extra_headers"] == [{"name": "x-a", "value": "1"}]
+    assert second["params"] == {"reasoning_format": "parsed"}
+    [priced] = found["providers"]["a"]["models"]
+    assert priced["pricing"] == {"input": 2.5, "cache_read": 1.25, "output": 10.0}
+    assert found["providers"]["a"]["api_key"] == "${TEAM_KEY}"
+    assert [n.where for n in migration.notes if "never used" in n.said] == [
+        "t0.toml: models.m.providers.spare"
+    ]
+    assert migration.edits["tensorzero::embedding_model_name::e"] == "e"
+    assert migration.edits["tensorzero::embedding_model_name::m"] == "embedding/m"
+
+
+FUNCTIONS = """
+[tools.search]
+description = "Searches"
+parameters = "tool.json"
+strict = true
+[functions.answer]
+type = "chat"
+tools = ["search"]
+tool_choice = {specific = "search"}
+parallel_tool_calls = false
+experimentation.type = "static"
+experimentation.candidate_variants = {b = 0.3, a = 0.7}
+experimentation.fallback_variants = ["c"]
+[functions.answer.variants.a]
+type = "chat_completion"
+model = "openai::gpt-4o"
+system_template = "static.txt"
+temperature = 0.5
+max_tokens = 10
+stop_sequences = ["X"]
+retries = {num_retries = 2, max_delay_s = 3}
+extra_body = [{pointer = "/a", value = 1}]
+timeouts = {streaming.ttft_ms = 100}
+[functions.answer.variants.b]
+type = "chat_completion"
+model = "anthropic::claude-sonnet-4-5"
+thinking_budget_tokens = 2000
+max_tokens = 4000
+templates.system.path = "system.minijinja"
+user_template = "user.minijinja"
+[functions.answer.variants.c]
+type = "chat_completion"
+model = "openai::responses::gpt-5-codex"
+[functions."odd name!"]
+type = "json"
+output_schema = "out.json"
+[functions."odd name!".variants.v]
+type = "chat_completion"
+model = "google_ai_studio_gemini::gemini-2.5-flash"
+json_mode = "tool"
+[functions."odd name!".variants.w]
+type = "chat_completion"
+model = "openai::gpt-4o"
+json_mode = "strict"
+[functions."odd name!".variants.x]
+type = "chat_completion"
+model = "openai::gpt-4o"
+json_mode = "on"
+"""
+
+
+def test_functions_become_presets_and_their_variants_candidates() -> None:
+    migration = moved(FUNCTIONS)
+    presets = ours(migration)["presets"]
+    assert presets["answer"] == {
+        "candidates": [
+            {"preset": "answer.a", "weight": 0.7},
+            {"preset": "answer.b", "weight": 0.3},
+        ],
+        "fallbacks": ["@answer.c"],
+    }
+    a, b, c = (presets[f"answer.{v}"] for v in "abc")
+    assert (a["model"], a["system_prompt"]) == ("openai/gpt-4o", "You are terse. Costs $${5}.")
+    assert a["retry"] == {"max": 2, "max_ms": 3000.0} and a["timeouts"] == {"first_token_s": 0.1}
+    assert a["extra_body"] == [{"pointer": "/a", "value": 1}]
+    params = a["params"]
+    assert (params["temperature"], params["max_completion_tokens"], params["stop"]) == (
+        0.5,
+        10,
+        ["X"],
+    )
+    [tool] = params["tools"]
+    assert tool["function"]["name"] == "search" and tool["function"]["strict"] is True
+    assert tool["function"]["parameters"] == json.loads(FILES["tool.json"])
+    assert params["tool_choice"] == {"type": "function", "function": {"name": "search"}}
+    assert params["parallel_tool_calls"] is False
+    assert (b["model"], b["params"]["max_tokens"]) == ("anthropic/claude-sonnet-4-5", 4000)
+    assert b["params"]["reasoning"] == {"max_tokens": 2000}
+    assert {*b["templates"]} == {"system", "user", "rules.txt"}
+    assert c["model"] == "openai-responses:gpt-5-codex"
+    assert migration.edits["tensorzero::function_name::odd name!"] == "@odd_name_"
+    v, w, x = (presets[f"odd_name_.{one}"] for one in "vwx")
+    told = {"name": "response", "strict": True, "schema": json.loads(FILES["out.json"])}
+    assert v["structured"] == "tool" and v["params"]["response_format"]["json_schema"] == told
+    assert "structured" not in w and w["params"]["response_format"]["json_schema"] == told
+    assert x["params"]["response_format"] == {"type": "json_object"}
+    assert presets["odd_name_"]["output"] == "json"
+    assert [one["weight"] for one in presets["odd_name_"]["candidates"]] == [1.0] * 3
+    assert migration.is_clean
+
+
+def test_what_was_migrated_can_be_asked_for() -> None:
+    environ = dict.fromkeys(("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY"), "k")
+    loaded = parse_config(moved(FUNCTIONS).text, environ)
+    assert not loaded.problems
+    router = Router(loaded.config, active_providers(loaded.config, environ)[0])
+    chain = router.resolve("@answer", CHAT_OP).chain
+    assert [target.preset for target in chain] == ["answer.a", "answer.b", "answer.c"]
+    assert chain[0].shape.system == "You are terse. Costs ${5}."
+
+
+def function(*lines: str) -> str:
+    """A function with one variant, of more lines."""
+    head = ["[functions.f.variants.v]", 'type = "chat_completion"', 'model = "openai::m"']
+    return "\n".join([*head, *lines])
+
+
+NOT_CARRIED = [
+    # what the file says, what that is, and what is said of it
+    ("gateway.observability.enabled = false", "info", "no database"),
+    ("clickhouse.disable_automatic_migrations = true", "info", "no database"),
+    ("metrics.ok = {type = 'boolean', level = 'inference'}", "warning", "feedback loop"),
+    ("evaluations.e.type = 'inference'", "warning", "feedback loop"),
+    ("rate_limiting.enabled = true", "warning", "limits"),
+    ("gateway.export.otlp.traces.enabled = true", "warning", "OpenTelemetry"),
+    ("gateway.auth.enabled = true", "note", "new ones"),
+    ("gateway.bind_address = '0.0.0.0:3000'", "note", "not loopback"),
+    ("gateway.foo = 1", "unknown", "no such key"),
+    ("modles.m.routing = []", "unknown", "no such key"),
+    (one_model("openai", f"{NAMED}\nfoo = 1"), "unknown", "no such key"),
+    (one_model("openai", f"{NAMED}\napi_key_location = 'sdk'"), "warning", "give a key"),
+    (one_model("openai", "model_name = 3"), "warning", "expected a string"),
+    (one_model("openai", ""), "warning", "required"),
+    (one_model("vllm", NAMED), "warning", "required"),
+    (one_model("openai", f"{NAMED}\napi_base = 'nowhere'"), "warning", "expected http"),
+    (one_model("openai", f"{NAMED}\nextra_body = [{{value = 1}}]"), "warning", "expected pointer"),
+    (one_model("openai", f"{NAMED}\ncost = [{{pointer = '/x'}}]"), "warning", "no counterpart"),
+    ("models.m.routing = ['zz']", "warning", "no provider"),
+    ("functions.f.variants.v.type = 'experimental_best_of_n'", "warning", "not shipped"),
+    (
+        function("model = 'q'").replace('model = "openai::m"\n', ""),
+        "warning",
+        "could not be carried",
+    ),
+    ("functions.f.experimentation.type = 'adaptive'\n" + function(), "warning", "equal weights"),
+    (function("system_template = 'nowhere.txt'"), "warning", "cannot be read"),
+    (function("user_template = 'broken.minijinja'"), "warning", "macro"),
+    ("tools.t.parameters = 'not.json'", "warning", "no JSON"),
+]
+
+
+@pytest.mark.parametrize(("text", "level", "said"), NOT_CARRIED)
+def test_what_is_not_carried_over_is_told_with_its_place(text: str, level: str, said: str) -> None:
+    migration = moved(text)
+    ours(migration)
+    found = [note for note in migration.notes if note.level == level and said in note.said]
+    assert found and all(note.where.startswith("t0.toml: ") for note in found)
+    assert migration.is_clean is (level in ("info", "note"))
+
+
+def test_several_files_are_one_configuration() -> None:
+    first = "[models.m]\nrouting = ['p']"
+    second = one_model("groq", NAMED).replace('[models.m]\nrouting = ["p"]', "")
+    assert ours(moved(first, second))["models"]["m"]["endpoints"][0]["provider"] == "groq"
+    with pytest.raises(
+        MigrationError, match=r"models\.m\.routing is defined in t0\.toml and again in t1\.toml"
+    ):
+        moved(first, first)
+    with pytest.raises(MigrationError, match=r"t0\.toml: "):
+        moved("[")
+
+
+def test_the_result_is_always_the_same_and_names_its_origins() -> None:
+    text = moved(FUNCTIONS).text
+    assert text == moved(FUNCTIONS).text
+    assert "[presets.answer]  # t0.toml: functions.answer\n" in text
+
+
+def test_shorthand_names_lead_to_our_models() -> None:
+    assert shorthand("openai::gpt-4o") == ("openai/gpt-4o", False)
+    assert shorthand("openai::responses::gpt-5") == ("openai/gpt-5", True)
+    assert shorthand("openrouter::a/b") == ("openrouter/a/b", False)
+    assert shorthand("fireworks::accounts/x/y") == ("fireworks/accounts/x/y", False)
+    assert shorthand("openai::ft:gpt-4o:x::1") == ("openai/ft:gpt-4o:x::1", False)
+    assert shorthand("gcp_vertex_gemini::projects/p/locations/l/publishers/google/models/g")[0] == (
+        "vertex/g"
+    )
+    assert shorthand("gpt-4o") == shorthand("vllm::m") == shorthand("nobody::m") == ("", False)
+    assert (preset_name("a b/c"), preset_name("-x")) == ("a_b_c", "f-x")
+
+
+def test_no_change_of_a_file_breaks_the_migration() -> None:
+    rng = random.Random(9)
+    odd: list[Any] = [
+        1,
+        -1.5,
+        True,
+        "x",
+        "env::",
+        "none",
+        "${X}",
+        [],
+        [1],
+        {},
+        {"a": 1},
+        [{}],
+        "'''",
+    ]
+
+    def places(value: Any) -> list[tuple[Any, Any]]:
+        entries = list(value.items() if isinstance(value, dict) else enumerate(value))
+        inner = [p for _, one in entries if isinstance(one, dict | list) for p in places(one)]
+        return [(value, key) for key, _ in entries] + inner
+
+    for _ in range(400):
+        tree = tomllib.loads(rng.choice([SHAPED, FUNCTIONS]))
+        for _ in range(rng.randrange(1, 4)):
+            holder, key = rng.choice(places(tree))
+            holder[key] = rng.choice(odd)
+        migration = migrate_tensorzero([("t.toml", written(tree))], read)
+        tomllib.loads(migration.text)
+
+
+def written(tree: dict[str, Any]) -> str:
+    """A tree as TOML, all of it inline."""
+
+    def value(one: Any) -> str:
+        if isinstance(one, dict):
+            return "{" + ", ".join(f"{json.dumps(k)} = {value(v)}" for k, v in one.items()) + "}"
+        if isinstance(one, list):
+            return "[" + ", ".join(map(value, one)) + "]"
+        return json.dumps(one)
+
+    return "\n".join(f"{json.dumps(key)} = {value(one)}" for key, one in tree.items())
+
+
+# --- the command
+
+
+def run(capsys: Any, *args: str) -> tuple[int, str, str]:
+    status = bitrouter.main(["migrate", "tensorzero", *args])
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_the_command_writes_a_file_and_a_report(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "config"
+    folder.mkdir()
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    (folder / "a.toml").write_text(FUNCTIONS)
+    (folder / "b.toml").write_text("[metrics.m]\ntype = 'float'\n")
+    pattern = str(folder / "**" / "*.toml")
+    status, out, err = run(capsys, pattern, "-o", "new.toml", "--report", "report.md")
+    assert (status, out) == (3, "") and "1 warnings" in err
+    assert parse_config((tmp_path / "new.toml").read_text(), {}).problems == []
+    report = (tmp_path / "report.md").read_text()
+    assert "metrics`: needs TensorZero" in report and "`@answer`" in report
+    assert run(capsys, pattern, "--check")[:2] == (3, "")
+    assert run(capsys, pattern, "--strict", "-o", "no.toml")[0] == 1
+    assert not (tmp_path / "no.toml").exists()
+    status, out, _ = run(capsys, str(folder / "a.toml"), "--json")
+    assert status == 0 and json.loads(out)["converted"]["presets"] == 8
+
+
+@pytest.mark.parametrize("args", [["nowhere.toml"], ["*.nothing"]])
+def test_files_that_cannot_be_read_exit_with_2(args: list[str], capsys: Any) -> None:
+    status, out, err = run(capsys, *args)
+    assert (status, out) == (2, "") and args[0] in err and "Traceback" not in err
