@@ -21,6 +21,10 @@ import bitrouter
 
 FILE = Path(__file__).parent.parent / "bitrouter.py"
 PYTHON = (sys.executable, "-W", "error", "-B", str(FILE))
+# As the installed command does it: a module is compiled once, a script each time.
+INSTALLED = (
+    sys.executable, "-W", "error", "-c", "import sys, bitrouter; sys.exit(bitrouter.main())",
+)  # fmt: skip
 KEY = "sk-a-very-secret-key-0123456789"
 
 
@@ -41,11 +45,11 @@ def clean(**environ: str) -> dict[str, str]:
 
 def run(*args: str, **environ: str) -> Ran:
     done = subprocess.run(
-        [*PYTHON, *args],
+        [*INSTALLED, *args],
         capture_output=True,
         text=True,
         timeout=9,
-        env=clean(**environ),
+        env=clean(PYTHONPATH=str(FILE.parent), **environ),
         check=False,
     )
     return Ran(done.returncode, done.stdout, done.stderr)

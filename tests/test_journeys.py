@@ -440,13 +440,17 @@ async def test_lists_of_models_are_narrowed(gateway: Any) -> None:
 # --- a server of its own
 
 
+ROOT = Path(bitrouter.__file__).parent
+COMMAND = (sys.executable, "-c", "import sys, bitrouter; sys.exit(bitrouter.main())")
+
+
 class Process:
-    """`python bitrouter.py` with a configuration, in a home of its own."""
+    """The installed command with a configuration, in a home of its own."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.folder, self.port = folder, port
         self.file = folder / "bitrouter.toml"
-        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder)}
+        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT)}
         self.process: subprocess.Popen[str] | None = None
         self.read: list[dict[str, Any]] = []
 
@@ -454,9 +458,8 @@ class Process:
         self.file.write_text(f'[server]\nlisten = "127.0.0.1:{self.port}"\n{toml}')
 
     def start(self) -> None:
-        command = [sys.executable, bitrouter.__file__]
         self.process = subprocess.Popen(
-            command, cwd=self.folder, env=self.env, stderr=subprocess.PIPE, text=True
+            COMMAND, cwd=self.folder, env=self.env, stderr=subprocess.PIPE, text=True
         )
 
     async def wait_for(self, event: str) -> dict[str, Any]:
@@ -471,10 +474,9 @@ class Process:
                 return facts
 
     def run(self, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, bitrouter.__file__, *args]
         env = {**self.env, **environ}
         return subprocess.run(
-            command, cwd=self.folder, env=env, capture_output=True, text=True, check=False
+            [*COMMAND, *args], cwd=self.folder, env=env, capture_output=True, text=True, check=False
         )
 
     async def stop(self) -> int:
