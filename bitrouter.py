@@ -11348,6 +11348,10 @@ class Router:
         self._ranks = {name: rank for rank, name in enumerate(ranks)}
         if "bitrouter-cloud" not in config.provider_priority:  # a gateway like the others
             self._ranks["bitrouter-cloud"] = self._ranks["gateway"]
+        # The callers' headers that hold keys: none of them is for anybody but its provider.
+        self.key_headers = frozenset(
+            header_of(account.api_key) for one in active.values() for account in one.accounts
+        )
         # Who shares the models of a provider of the registry, itself among them.
         self._alike: dict[str, list[str]] = {}
         for ident, provider in self.active.items():
@@ -12768,9 +12772,8 @@ def _drawn(legs: tuple[Leg, ...], draw: Callable[[], float]) -> list[Leg]:
             point -= leg.weight
             if point < 0:
                 break
-        out.append(leg)
+        out.append(leg)  # and the next one by the same number, among those that are left
         candidates.remove(leg)
-        at = (at * 7919.0) % 1.0  # the same draws for the same conversation
     return [*out, *(leg for leg in legs if not leg.weight)]
 
 
@@ -16904,6 +16907,7 @@ class Call:
         strict: the caller would rather have an error than a loss.
         given: the document as the caller sent it, without what was meant for us; `document` has
             the fields and the system prompt of the target's shape.
+        withheld: its headers that hold keys for some provider or other.
         several: there is a choice of targets, so that a conversation had better stay at one.
         rules: how upstreams are dealt with, as it was when the request came.
         needs: what it needs of a model, where that matters.
@@ -16942,6 +16946,7 @@ class Call:
     needs: Needs | None = None
     session: Session | None = None
     several: bool = False
+    withheld: frozenset[str] = frozenset()
     explain: bool = False
     explained: JsonObject | None = None
     skipped: dict[str, str] = field(default_factory=dict)
@@ -17220,7 +17225,7 @@ def _request(
         if by_prefix and _CREDENTIAL.search(name):
             continue
         if (by_prefix or name in _FORWARDED) and name not in target.headers:
-            if name in target.shape.drop or name == target.key_from or name in headers:
+            if name in target.shape.drop or name in call.withheld or name in headers:
                 continue
             lines.append(f"{name}: {value}\r\n")
     lines += [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
@@ -17678,11 +17683,11 @@ def served_by(call: Call, target: Target) -> Headers:
         "x-bitrouter-provider": target.provider,
         "x-bitrouter-model": printable(target.model),
         "x-bitrouter-attempts": str(call.attempts),
-        **(_told_of_the_choice(call) if call.skipped or call.explained else {}),
+        **(told_of_the_choice(call) if call.skipped or call.explained else {}),
     }
 
 
-def _told_of_the_choice(call: Call) -> Headers:
+def told_of_the_choice(call: Call) -> Headers:
     """Who would have gone first, and why not; and the whole explanation, if it was asked for."""
     headers: Headers = {}
     if call.skipped:
@@ -18197,10 +18202,18 @@ async def _one_of(tasks: Mapping[asyncio.Task[None], Call], race: Race) -> None:
         done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             if not task.cancelled() and (error := task.exception()):
-                if not isinstance(error, BitrouterError) or tasks[task] is race.winner:
+                if _ends_the_race(error) or tasks[task] is race.winner:
+                    race.winner = tasks[task]
                     raise error
             elif tasks[task] is race.winner:
                 return
+
+
+def _ends_the_race(error: BaseException) -> bool:
+    """Whether another attempt would come to nothing better: the request is to blame, or we are."""
+    if isinstance(error, UpstreamError):
+        return not error.retryable and not isinstance(error, AllAttemptsFailed)
+    return not isinstance(error, LimitReached)
 
 
 def _adopt(call: Call, winner: Call) -> None:
@@ -18544,8 +18557,11 @@ def _first_request(app: App, call: Call, target: Target) -> JsonObject:
     if target.provider == "echo":
         return {"url": None, "losses": []}
     trial = replace(call, losses=Losses(), skipped={}, explain=False)
+    if target.key_from:
+        known = call.headers.get(target.key_from) or "[from the request]"
+        target = with_head(replace(target, secret=Secret(known)))
     try:
-        raw = preview(app, trial, replace(target, key_from=""))
+        raw = preview(app, trial, target)
     except BitrouterError as error:
         return {"error": error.message, "code": error.code}
     head, _, body = raw.partition(b"\r\n\r\n")
@@ -18584,15 +18600,27 @@ _MAX_EXPLAINED = 8192  # bytes of a header: what clients' parsers take without b
 
 def _bounded(facts: JsonObject) -> JsonObject:
     """An explanation that fits into a header: without the body if that is what is too long."""
-    size = len(compact(facts))
-    if size > _MAX_EXPLAINED and "body" in as_object(facts.get("first")):
-        first = {**facts["first"], "body": None, "body_omitted": True}
-        facts = {**facts, "first": first}
-        size = len(compact(facts))
-    if size > _MAX_EXPLAINED:
-        few = {"chain": facts["chain"][:10], "left_out": facts["left_out"][:10]}
-        facts = {"model": facts["model"], "protocol": facts["protocol"], **few, "cut": True}
-    return facts
+    if _fits(facts):
+        return facts
+    if "body" in as_object(facts.get("first")):
+        facts = {**facts, "first": {**facts["first"], "body": None, "body_omitted": True}}
+    if _fits(facts):
+        return facts
+    names = {"model": printable(facts["model"], 200), "protocol": facts["protocol"], "cut": True}
+    for count in (10, 3, 1):
+        few = [
+            {name: printable(str(step[name]), 200) for name in ("provider", "model", "reason")}
+            for step in facts["chain"][:count]
+        ]
+        left = [printable(said, 200) for said in facts["left_out"][:count]]
+        short = {**names, "chain": few, "left_out": left}
+        if _fits(short):
+            return short
+    return names
+
+
+def _fits(facts: JsonObject) -> bool:
+    return len(json.dumps(facts, separators=(",", ":"))) <= _MAX_EXPLAINED
 
 
 # ---------------------------------------------------------------------------------------------
@@ -18724,6 +18752,8 @@ def refuse(
             # One provider, one answer: the caller gets its very bytes, in its very status.
             reply.send(error.status, error.body, headers)
             return
+    elif call:
+        headers |= told_of_the_choice(call)
     if isinstance(error, MethodNotAllowed):
         headers["allow"] = str(error.extra.get("allow", ""))
     if isinstance(error, Unauthorized):
@@ -18908,6 +18938,7 @@ def _read_call(
     call.strict = request.headers.get("x-bitrouter-strict", "").lower() in ("1", "true")
     call.explain = request.headers.get("x-bitrouter-explain", "").lower() in ("1", "true")
     call.rules = app.config.upstream
+    call.withheld = app.router.key_headers
     call.query = "&".join(
         pair
         for pair in request.query.split("&")
@@ -18928,18 +18959,25 @@ def _read_call(
     else:
         shown = printable(content_type, 60)
         raise UnsupportedMedia(f"content-type: expected application/json, got {shown!r}")
-    call.model = _UNSEEN.sub("", call.model).strip()
-    if {".", ".."} & set(call.model.split("/")):  # it may become part of a path
-        raise BadRequest("model: `.` and `..` are no part of a model id", param="model")
-    if not call.model or len(call.model) > _MAX_MODEL_CHARS:
-        raise BadRequest(
-            "model: expected a model id such as openai/gpt-4o-mini; GET /v1/models lists them",
-            code="missing_required_parameter",
-            param="model",
-        )
+    call.model = _model_id(call.model, "model")
+    call.models = tuple(_model_id(one, f"models[{n}]") for n, one in enumerate(call.models))
     call.stream = _streams(call)
     call.history = _history(app, call)
     return call
+
+
+def _model_id(text: str, where: str) -> str:
+    """A model id as it was meant. Raises BadRequest."""
+    text = _UNSEEN.sub("", text).strip()
+    if {".", ".."} & set(re.split("[/:]", text)):  # it may become part of a path
+        raise BadRequest(f"{where}: `.` and `..` are no part of a model id", param=where)
+    if not text or len(text) > _MAX_MODEL_CHARS:
+        raise BadRequest(
+            f"{where}: expected a model id such as openai/gpt-4o-mini; GET /v1/models lists them",
+            code="missing_required_parameter",
+            param=where,
+        )
+    return text
 
 
 # Terminals' escape sequences and control characters, which come with models copied from one.
@@ -19195,7 +19233,8 @@ def _anthropic_model(one: Listed) -> JsonObject:
         "lifecycle": "active",
         "max_input_tokens": extras.get("context_length"),
         "max_tokens": extras.get("max_output_tokens"),
-        **extras,
+        # wire: `capabilities` is an object of Anthropic's own; anthropic 2.13
+        **{name: value for name, value in extras.items() if name != "capabilities"},
     }
 
 

@@ -235,6 +235,7 @@ async def test_what_is_over_its_limit_spills_over_and_then_is_refused(world: Any
         answer = await w.ask()
         assert (answer.status, answer.json()["error"]["code"]) == (429, "rate_limit_exceeded")
         assert 1 <= int(answer.headers["retry-after"]) <= 60
+        assert "a/m (over its limit" in answer.headers["x-bitrouter-skipped"]
         assert w.counts == [2, 2]
         spilt = w.gw.lines()[2]
         assert "a/m (over its limit" in spilt["skipped"] and spilt["attempts"] == 1
@@ -304,6 +305,16 @@ async def test_when_both_fail_both_are_named(hedged: Any) -> None:
         assert w.counts == [1, 1]
 
 
+async def test_a_fault_of_the_request_is_told_at_once_though_a_hedge_runs(hedged: Any) -> None:
+    late = Reply(400, {"error": {"message": "it is you"}}, after_s=0.04)
+    async with hedged(late, Reply(hangs=True)) as w:
+        await hedge(w)
+        async with asyncio.timeout(2):
+            answer = await w.ask()
+            assert (answer.status, answer.json()) == (400, {"error": {"message": "it is you"}})
+            await w.fakes[1].hung_up.wait()
+
+
 async def test_a_caller_who_hangs_up_cancels_both(hedged: Any) -> None:
     async with hedged(Reply(hangs=True), Reply(hangs=True)) as w:
         await hedge(w)
@@ -341,6 +352,30 @@ async def test_a_key_may_come_with_the_request(world: Any) -> None:
         assert "sk-mine" not in w.gw.written.getvalue()
 
 
+@pytest.mark.parametrize("name", ["openai-team", "x-goog-team", "x-session-id"])
+async def test_a_key_of_the_caller_goes_to_its_provider_alone(world: Any, name: str) -> None:
+    own = {"a": f'api_key = "request:{name}"\n'}
+    async with world(BROKEN, OK, own=own) as w:
+        headers = {name: "sk-mine", "x-bitrouter-explain": "1"}
+        answer = await w.ask(headers=headers)
+        assert answer.headers["x-bitrouter-provider"] == "b"
+        assert w.fakes[0].seen[0].headers["authorization"] == "Bearer sk-mine"
+        assert "sk-mine" not in str([fake.seen[0].headers for fake in w.fakes[1:]])
+        told = json.loads(answer.headers["x-bitrouter-explain"])["first"]["headers"]
+        assert "authorization: Bearer [redacted]" in told and "sk-mine" not in str(told)
+
+
+async def test_an_explanation_is_never_too_long_for_a_header(world: Any) -> None:
+    async with world(OK) as w:
+        headers = {"x-bitrouter-explain": "1"}
+        said = [{"role": "user", "content": "\U0001f600" * 1900}]
+        names = [f"a:{n}" + "\u00e9" * 400 for n in range(8)]
+        for more in ({"messages": said}, {"models": names}):
+            answer = await w.ask(headers=headers, **more)
+            assert answer.status == 200
+            assert 0 < len(answer.headers["x-bitrouter-explain"]) <= 8192
+
+
 async def test_a_live_request_explains_itself(world: Any) -> None:
     own = {"a": 'api_key = "sk-secret-a"\n', "b": 'api_key = "sk-secret-b"\n'}
     async with world(OK, OK, own=own, toml=PRESETS) as w:
@@ -361,6 +396,27 @@ async def test_a_live_request_explains_itself(world: Any) -> None:
 async def test_names_from_a_terminal_are_cleaned(world: Any) -> None:
     async with world(OK) as w:
         assert await w.served("\x1b[1m a:m\x1b[0m\r\n") == "a"
+        assert await w.served(..., models=["\x1b[1m a:m\x1b[0m\r\n"]) == "a"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": "a:.."},
+        {"model": "a:../x"},
+        {"model": "@fast/a:.."},
+        {"models": ["m", "a:m/../../x"]},
+        {"models": ["m", "a:.."]},
+        {"models": ["m", ""]},
+        {"models": ["m", "x" * 600]},
+    ],
+)
+async def test_no_name_is_a_way_out_of_a_path(world: Any, body: dict[str, Any]) -> None:
+    async with world(OK) as w:
+        answer = await w.ask(**body)
+        field = "models[1]" if "models" in body else "model"
+        assert (answer.status, answer.json()["error"]["param"]) == (400, field)
+        assert w.counts == [0]
 
 
 # --- a configuration that changes
