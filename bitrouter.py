@@ -13591,7 +13591,8 @@ _TZ_WITHOUT = {
     "aws_sagemaker": "put an OpenAI-compatible server before the endpoint and give its api_base",
     "dummy": "it answers nothing real; echo/echo is our built-in model",
 }
-_TZ_CHAT_ONLY = ("groq", "mistral", "deepseek", "together", "fireworks", "hyperbolic", "openrouter")
+# Types whose models count the tokens of their reasoning.
+_TZ_BUDGETED = ("anthropic", "google_ai_studio_gemini", "gcp_vertex_gemini", "aws_bedrock")
 
 # Keys without a counterpart, by the table that they stand in: level and what is said.
 _NO_DATABASE = ("info", "not needed: there is no database to operate")
@@ -14313,10 +14314,13 @@ class _Migrator:
         for theirs, ours in TZ_PARAMS.items():
             if theirs in table.left:
                 params[ours] = table.left.pop(theirs)
-        budget = table.take("thinking_budget_tokens", int, 0)
-        if budget:
-            params["reasoning"] = {"max_tokens": budget}
         kind = self._kinds.get(model, "")
+        budget = table.take("thinking_budget_tokens", int, 0)
+        if budget and (kind in _TZ_BUDGETED or model.startswith(("anthropic/", "google/"))):
+            params["reasoning"] = {"max_tokens": budget}
+        elif budget:
+            said = "the model's provider knows no budget, and was sent none"
+            self.note("info", (*table.path, "thinking_budget_tokens"), said)
         spelt = _TZ_TYPES[kind].limit if kind in _TZ_TYPES else ""
         spelt_long = model.startswith(("openai/", "openai-responses:"))
         if "max_tokens" in params and (spelt_long or spelt == "max_completion_tokens"):
@@ -14618,7 +14622,8 @@ def _episode(value: Json) -> str:
     if value is None:
         return ""
     where = f"{_TZ}episode_id"
-    plain = value.replace("-", "").lower() if isinstance(value, str) else ""
+    plain = value.lower() if isinstance(value, str) else ""
+    plain = plain.removeprefix("urn:uuid:").strip("{}").replace("-", "")
     if not re.fullmatch(r"[0-9a-f]{12}7[0-9a-f]{19}", plain):
         raise BadRequest(
             f"{where}: expected a UUID of version 7, got {show_json(value)}", param=where
@@ -14859,6 +14864,7 @@ _NATIVE_PARTS: dict[Any, Callable[[JsonObject, str], JsonObject]] = {
     "template": lambda block, _: {**block, "type": f"{_TZ}template"},
     "file": _native_file,
     "image": _native_file,
+    "unknown": lambda block, where: typed(block.get("data"), dict, f"{where}.data"),
 }
 
 
@@ -14889,7 +14895,7 @@ def filled_messages(body: JsonObject, templates: Mapping[str, str]) -> list[Json
         else:
             new.append(message)
     if "system" in templates and not any(dig(m, "role") in SYSTEM_ROLES for m in messages):
-        text = _filled(templates, "system", {}, "messages")
+        text = _filled(templates, "system", {"system_text": None}, "messages")
         new.insert(0, {"role": "system", "content": text})
     return None if new == messages else new
 

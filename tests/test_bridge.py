@@ -32,6 +32,7 @@ FILES = {
     "user.minijinja": "Say {{ x }}!",
     "plain.minijinja": "<<{{ user_text }}>>",
     "static.txt": "Be terse.\n",
+    "bare.minijinja": "S {{ system_text }}",
     "out.json": '{"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}',
     "tool.json": '{"type": "object", "properties": {"a": {"type": "string"}}}',
 }
@@ -87,6 +88,10 @@ user_template = "user.minijinja"
 type = "chat_completion"
 model = "m"
 user_template = "plain.minijinja"
+[functions.bare.variants.v]
+type = "chat_completion"
+model = "m"
+system_template = "bare.minijinja"
 [functions.tools]
 type = "chat"
 tools = ["t"]
@@ -192,6 +197,7 @@ UPSTREAM: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
                    {"role": "user", "content": [{"type": "text", "text": "Say a!"},
                                                 {"type": "text", "text": "RAW"}]}]}),
     (FUNCTION + "wrapped", {}, {"messages": [{"role": "user", "content": "<<Hi>>"}]}),
+    (FUNCTION + "bare", {}, {"messages": [{"role": "system", "content": "S none"}, *HELLO]}),
     (FUNCTION + "tools", {"tools": [{"type": "function", "function": {"name": "mine"}}],
                           "tool_choice": "auto"},
      {"messages": HELLO, "tool_choice": "auto", "tools": [
@@ -464,14 +470,16 @@ NATIVE: list[tuple[dict[str, Any], dict[str, Any]]] = [
             {"type": "tool_call", "id": "c", "name": "t", "arguments": {"a": "é"}}]},
         {"role": "user", "content": [
             {"type": "tool_result", "id": "c", "name": "t", "result": "ok"},
-            {"type": "raw_text", "value": "r"}]}]}},
+            {"type": "raw_text", "value": "r"},
+            {"type": "unknown", "data": {"type": "text", "text": "u"}}]}]}},
      {"messages": [
          {"role": "assistant", "content": [{"type": "text", "text": "a"}],
           "reasoning_content": "hm",
           "tool_calls": [{"id": "c", "type": "function",
                           "function": {"name": "t", "arguments": '{"a":"\\u00e9"}'}}]},
          {"role": "tool", "tool_call_id": "c", "content": "ok"},
-         {"role": "user", "content": [{"type": "tensorzero::raw_text", "value": "r"}]}]}),
+         {"role": "user", "content": [{"type": "tensorzero::raw_text", "value": "r"},
+                                      {"type": "text", "text": "u"}]}]}),
     ({"input": {"messages": HELLO}, "stream": True, "parallel_tool_calls": False,
       "tool_choice": {"specific": "t"}, "dryrun": True, "output_schema": {"type": "object"},
       "additional_tools": [{"name": "t", "description": "d", "parameters": {}, "strict": True}]},
