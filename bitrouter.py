@@ -17003,6 +17003,9 @@ class Call:
         """Give the request the fields that go with a target. Raises BadRequest."""
         if (shape is self.shape and self.bridge is None) or self.given is None:
             return
+        if not (self.op.translates or self.op.counts):  # embeddings and the like hold no talk
+            self.shape = shape
+            return
         changes = any(one.params or one.system or one.templates for one in (self.shape, shape))
         self.shape = shape
         if changes or self.bridge:
@@ -18287,7 +18290,8 @@ def _prepared(app: App, call: Call, target: Target) -> Target:
 
 def _blame(app: App, target: Target, error: UpstreamError) -> None:
     now = time.monotonic()
-    if target.key_from and isinstance(error, UpstreamKeyRefused | UpstreamNoCredit):
+    of_the_key = UpstreamKeyRefused | UpstreamNoCredit | UpstreamLimited
+    if target.key_from and isinstance(error, of_the_key):
         return  # one caller's key says nothing about the next one's
     app.health.meter.failed(target, now)
     if app.health.failed(target, error, now):
@@ -18299,7 +18303,7 @@ def _blame(app: App, target: Target, error: UpstreamError) -> None:
 def _credit(app: App, call: Call, target: Target, started_at: float) -> None:
     """An attempt has answered: note what it says of the target."""
     now, usage = time.monotonic(), call.usage
-    if call.told_headers:
+    if call.told_headers and not target.key_from:
         app.health.saw(target, call.told_headers, now, time.time_ns() / 1e9)
     if not call.op.generates:
         return
@@ -19408,12 +19412,14 @@ async def serve(
     find_local: bool = True,
     control: str = "",
     watched: Callable[[], tuple[str, ...]] = tuple,
+    parent: int = 0,
 ) -> None:
     """Listen until SIGTERM or Ctrl-C, then drain. A second signal cuts everything at once.
 
     Args:
         control: the unix socket at which the command line finds us; "" for none.
         watched: the files whose change means to read the configuration anew.
+        parent: the process with which this one is to end; 0 for none.
     """
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
@@ -19429,6 +19435,8 @@ async def serve(
     if find_local:
         app.spawn(_discover_for_ever(app))
     app.spawn(_watch(app, watched))
+    if parent:
+        app.spawn(_end_with(parent, stop))
     await stop.wait()
     app.writer.event("draining", {"connections": listener.connections})
     draining = app.spawn(listener.drain())
@@ -19472,6 +19480,13 @@ async def _watch(app: App, watched: Callable[[], tuple[str, ...]]) -> None:
         if settled and there and now != known and app.reload:
             await app.reload({})
             before = known = {path: _stamp_of(path) for path in watched()}
+
+
+async def _end_with(parent: int, stop: asyncio.Event) -> None:
+    """Drain when the process that started this one is gone: nobody could tell it anything."""
+    while os.getppid() == parent:  # noqa: ASYNC110  nothing else tells of it
+        await asyncio.sleep(_WATCH_EVERY_S)
+    stop.set()
 
 
 async def _reload_on_signal(app: App) -> None:
@@ -19898,7 +19913,22 @@ def command_serve(args: argparse.Namespace) -> int:
         return _serve_one(args.config, loaded, writer, 0)
     if not hasattr(os, "fork") or not hasattr(socket, "SO_REUSEPORT"):
         raise ConfigError("server.workers: this system cannot share a port between processes")
+    _check_free(config.server.listen)
     return serve_many(workers, lambda n: _serve_one(args.config, loaded, writer, n))
+
+
+def _check_free(listen: str) -> None:
+    """Workers would share the port with anybody who has it. Raises ConfigError."""
+    host, _, port = listen.rpartition(":")
+    if listen.startswith("unix:") or port == "0":
+        raise ConfigError("server.workers: several processes need HOST:PORT to listen on")
+    host = host.strip("[]")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, int(port)), family=family).close()
+    except OSError as exc:
+        said = f"cannot listen on {listen}: {exc.strerror or exc}"
+        raise ConfigError(f"{said}; another server has it: choose another with --port") from None
 
 
 def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int) -> int:
@@ -19916,6 +19946,7 @@ def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int) -> in
                 greet if worker < 2 else (lambda *_: None),
                 control=control,
                 watched=lambda: reloader.files,
+                parent=os.getppid() if worker else 0,
             )
         )
     return 0

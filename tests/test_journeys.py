@@ -5,16 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import socket
-import stat
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -493,113 +486,25 @@ async def test_lists_of_models_are_narrowed(gateway: Any) -> None:
         assert refused.status == 400 and refused.json()["error"]["param"] == "capability"
 
 
-# --- a server of its own
+async def test_a_preset_leaves_alone_what_holds_no_talk(world: Any) -> None:
+    async with world(OK, OK, toml=PRESETS) as w:
+        async with w.gw.caller() as caller:
+            body = {"model": "@fast", "input": "x", "user": "u"}
+            answer = await caller.post("/v1/embeddings", body)
+        assert answer.status == 200
+        assert w.fakes[0].seen[0].json() == {
+            "model": "m",
+            "input": "x",
+            "metadata": {"team": "red"},
+        }
 
 
-ROOT = Path(bitrouter.__file__).parent
-COMMAND = (sys.executable, "-c", "import sys, bitrouter; sys.exit(bitrouter.main())")
-
-
-class Process:
-    """The installed command with a configuration, in a home of its own."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.folder, self.port = folder, port
-        self.file = folder / "bitrouter.toml"
-        self.env = {"PATH": os.environ["PATH"], "HOME": str(folder), "PYTHONPATH": str(ROOT)}
-        self.process: subprocess.Popen[str] | None = None
-        self.read: list[dict[str, Any]] = []
-
-    def write(self, toml: str) -> None:
-        self.file.write_text(f'[server]\nlisten = "127.0.0.1:{self.port}"\n{toml}')
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            COMMAND, cwd=self.folder, env=self.env, stderr=subprocess.PIPE, text=True
-        )
-
-    async def wait_for(self, event: str) -> dict[str, Any]:
-        """The next line of a kind in the log."""
-        assert self.process and self.process.stderr
-        while True:
-            line = await asyncio.to_thread(self.process.stderr.readline)
-            assert line, "the server has gone"
-            facts: dict[str, Any] = json.loads(line)
-            self.read.append(facts)
-            if facts["event"] == event:
-                return facts
-
-    def run(self, *args: str, **environ: str) -> subprocess.CompletedProcess[str]:
-        env = {**self.env, **environ}
-        return subprocess.run(
-            [*COMMAND, *args], cwd=self.folder, env=env, capture_output=True, text=True, check=False
-        )
-
-    async def stop(self) -> int:
-        assert self.process and self.process.stderr
-        self.process.terminate()
-        status = await asyncio.to_thread(self.process.wait, 8)
-        self.process.stderr.close()
-        return status
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Process:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return Process(tmp_path, int(free.getsockname()[1]))
-
-
-async def test_a_server_reloads_when_it_is_told_and_when_its_files_change(server: Process) -> None:
-    home = server.folder / ".bitrouter"
-    (server.folder / "key.txt").write_text("sk-one")
-    server.write('[providers.openai]\napi_key = "file:key.txt"\n')
-    server.start()
-    await server.wait_for("listening")
-    [control] = home.glob("*.sock")
-    assert stat.S_IMODE(control.stat().st_mode) == 0o600
-    assert stat.S_IMODE(home.stat().st_mode) == 0o700
-    assert json.loads(server.run("status").stdout)["active"].keys() == {"openai"}
-    # by command, with a key from the shell's environment
-    told = server.run("reload", ANTHROPIC_API_KEY="sk-ant")
-    assert told.returncode == 0 and json.loads(told.stdout)["reloaded"] is True
-    assert json.loads(server.run("status").stdout)["active"].keys() == {"openai", "anthropic"}
-    # by a change of the file; what is broken changes nothing
-    server.write('[providers.openai]\napi_key = "file:key.txt"\n[presets.p]\nmodle = "x"\n')
-    failed = await server.wait_for("reload_failed")
-    assert "presets.p.modle: unknown key; did you mean model?" in failed["error"]
-    broken = server.run("reload")
-    assert broken.returncode == 1 and "modle" in broken.stdout
-    server.write('[providers.openai]\napi_key = "file:key.txt"\n[presets.p]\nmodel = "gpt-4o"\n')
-    await server.wait_for("reloaded")
-    # by a change of a key's file, and by a signal
-    (server.folder / "key.txt").write_text("sk-two")
-    await server.wait_for("reloaded")
-    assert server.process
-    server.process.send_signal(signal.SIGHUP)
-    await server.wait_for("reloaded")
-    status = json.loads(server.run("status").stdout)
-    assert status["reloads"] >= 4 and status["active"].keys() == {"openai", "anthropic"}
-    assert "sk-" not in json.dumps(status) + json.dumps(server.read)
-    assert await server.stop() == 0
-    assert not list(home.glob("*.sock"))
-    assert server.run("status").returncode == 1
-
-
-async def test_several_processes_share_a_port_and_stand_in_for_each_other(
-    server: Process,
-) -> None:
-    server.write("workers = 2\n")
-    server.start()
-    await server.wait_for("listening")
-    pids = set[int]()
-    async with asyncio.timeout(8):
-        while len(pids) < 2:
-            found = await asyncio.to_thread(server.run, "status")
-            facts = json.loads(found.stdout or "{}")
-            pids = {one["pid"] for one in facts.get("workers", ())}
-    assert server.run("route", "echo/echo").returncode == 0
-    assert await server.stop() == 0
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+async def test_one_caller_s_limits_are_not_another_s(world: Any) -> None:
+    limited = Reply(429, {"error": {"message": "slow"}}, {"retry-after": "3600"})
+    near = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-limit-requests": "60",
+            "x-ratelimit-reset-requests": "1m0s"}  # fmt: skip
+    script = [limited, Reply(body=CHAT_ANSWER, headers=near), OK]
+    async with world(script, OK, own={"a": FROM_CALLER}) as w:
+        assert await w.served(headers={"x-team-key": "sk-one"}) == "b"
+        assert await w.served(headers={"x-team-key": "sk-two"}) == "a"
+        assert await w.served(headers={"x-team-key": "sk-three"}) == "a"
