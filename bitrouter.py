@@ -93,6 +93,7 @@ from array import array
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
@@ -680,11 +681,12 @@ def printable(text: str, limit: int = 200) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", " ", shown)
 
 
-def near_misses(word: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """What was probably meant, best first."""
+def near_misses(word: str, known: Iterable[str], count: int = 3, least: float = 0.5) -> list[str]:
+    """What was probably meant, best first. least: how alike it must be, of 1."""
     import difflib  # 10 ms, and only wanted when something is wrong
 
-    names = list(known)
+    word = word[:_LONG_WORD]  # what is longer is no slip of the pen
+    names = [name for name in known if len(name) <= 2 * _LONG_WORD]
     if len(names) > _MANY_NAMES:  # each comparison costs 50 us: only what shares pairs of letters
         pairs = {word[i : i + 2] for i in range(len(word) - 1)}
 
@@ -692,10 +694,10 @@ def near_misses(word: str, known: Iterable[str], count: int = 3) -> list[str]:
             return sum(pair in name for pair in pairs)
 
         names = sorted(names, key=shared, reverse=True)[:_MANY_NAMES]
-    return difflib.get_close_matches(word, names, count, 0.5)
+    return difflib.get_close_matches(word, names, count, least)
 
 
-_MANY_NAMES = 300
+_MANY_NAMES, _LONG_WORD = 200, 128
 
 
 def seconds_of(text: str) -> float | None:
@@ -9849,7 +9851,8 @@ def parse_config(
     fatal: list[tuple[_KeyPath, str]] = []
     for path, said in reader.unset:
         if path[0] in _SPARED and len(path) > 1:
-            config.broken.setdefault((str(path[0]), str(path[1])), said)
+            section = "accounts" if path[2:3] == ("accounts",) else str(path[0])
+            config.broken.setdefault((section, str(path[1])), said)
         else:
             fatal.append((path, said))
 
@@ -10110,7 +10113,8 @@ class _Reader:
                 bound = f"{high:g} or less" if high < one < 1e12 else f"{low:g} or more"
                 self.problem(path, f"expected {bound}, got {show_json(one)}")
             if words and one not in words:
-                said = f"expected one of {', '.join(filter(None, words))}, got {show_json(one)}"
+                got = "something else" if path[-1] == "auth" else show_json(one)
+                said = f"expected one of {', '.join(filter(None, words))}, got {got}"
                 near = near_misses(one, words, 1) if isinstance(one, str) else []
                 self.problem(path, f"{said}; did you mean {near[0]}?" if near else said)
 
@@ -10122,16 +10126,23 @@ class _Reader:
         return expanded
 
     def problem(self, path: _KeyPath, said: str) -> None:
-        self.found.append((path, said))
+        if not self.is_unset(path):  # nothing can be said of what is not there
+            self.found.append((path, said))
+
+    def is_unset(self, path: _KeyPath) -> bool:
+        return any(path == where for where, _ in self.unset)
 
     def _mismatch(self, path: _KeyPath, wanted: str, raw: Json) -> None:
         # Below these two, a value in the wrong place may well be a key.
-        hidden = path[:1] in (("providers",), ("keys",)) and type(raw) in _JSON_KINDS
-        shown = _JSON_KINDS[type(raw)] if hidden else show_json(raw)
+        secret = path[:1] in (("providers",), ("keys",)) or "extra_headers" in path
+        shown = _JSON_KINDS.get(type(raw), "another value") if secret else show_json(raw)
         self.problem(path, f"expected {wanted}, got {shown}")
 
 
-_JSON_KINDS: dict[type, str] = {str: "a string", list: "a list", dict: "a table"}
+_JSON_KINDS: dict[type, str] = {
+    str: "a string", list: "a list", dict: "a table", int: "a number", float: "a number",
+    bool: "true or false",
+}  # fmt: skip
 _EMPTY = {Secret: Secret(""), str: "", tuple[Endpoint, ...]: ()}
 _READERS: dict[Any, Callable[[_Reader, Json, _KeyPath], Any]] = {
     ProtocolRules: _Reader.protocols,
@@ -10311,7 +10322,10 @@ def _settings(value: Any, at: str, origins: Mapping[str, str]) -> Iterator[Setti
         shown = list(shown) if isinstance(shown, tuple) else None if shown == {} else shown
         if isinstance(shown, Secret):
             shown = "(not set)"
-        yield Setting(at, shown, origins.get(at, "default"))
+        origin = origins.get(at, "default")
+        if ", from " in origin and not at.startswith(("server.", "upstream.")):
+            shown = f"[from {origin.partition(', from ')[2]}]"  # it may be a secret
+        yield Setting(at, shown, origin)
 
 
 def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -10372,28 +10386,41 @@ class _Lines:
             score = 2 * len(here) + inner
             if here == names[: len(here)] and score > depth:
                 best, depth = number, score
+            elif names == here[: len(names)] and 2 * len(names) - 1 > depth:
+                best, depth = number, 2 * len(names) - 1  # a table inside the one that is meant
         return best
 
     def _nth(self, path: _KeyPath, start: int) -> int:
         """The line of the i-th entry of the list that begins at a line, as far as it can be told:
         entries are tables, in `[[...]]` or in braces."""
-        index = next(part for part in path if isinstance(part, int))
-        above = [str(part) for part in path[: path.index(index)]]
+        at = next(n for n, part in enumerate(path) if isinstance(part, int))
+        index = int(path[at])
+        if at == len(path) - 1:
+            return start  # an entry that is no table stands where its list does
+        above = [str(part) for part in path[:at]]
         headers = [
-            number
-            for number, line in enumerate(self._lines, 1)
+            n
+            for n, line in enumerate(self._lines, 1)
             if (found := re.match(r"\s*\[\[\s*(.+?)\s*\]\]", line))
             and _split_key(found[1]) == above
         ]
         if headers:
             within = headers[index] if index < len(headers) else start
-            last = [re.match(rf"\s*{re.escape(str(path[-1]))}\s*=", line) for line in self._lines]
-            return next((n + 1 for n in range(within, len(last)) if last[n]), within)
-        seen = -1
+            for n in range(within, len(self._lines)):
+                if re.match(r"\s*\[", self._lines[n]):
+                    break
+                if re.match(rf"\s*{re.escape(str(path[-1]))}\s*=", self._lines[n]):
+                    return n + 1
+            return within
+        seen, depth = -1, 0
         for number in range(start, len(self._lines) + 1):
-            seen += self._lines[number - 1].count("{")
-            if seen >= index:
-                return number
+            for sign in re.findall(
+                r"(?<!\$)\{|\}", re.sub(r"\$\{[^}]*\}", "", self._lines[number - 1])
+            ):
+                seen += sign == "{" and depth == 0
+                depth += 1 if sign == "{" else -1
+                if seen >= index:
+                    return number
         return start
 
     def _json(self, names: list[str]) -> int:
@@ -10436,6 +10463,7 @@ def _check_references(config: Config, reader: _Reader) -> None:
     _check_server(config.server, reader)
 
 
+_SLIP = 0.85  # how alike a provider's name and another word are if the word is meant to be it
 _NAME = re.compile(r"[A-Za-z0-9][\w.+-]*")
 
 
@@ -10462,6 +10490,8 @@ class _Checker:
             if at not in self._told:
                 self._provider(endpoint.provider, (*here, "provider"))
             self._shaping(endpoint, here)
+            if not endpoint.service_id and at not in self._told:
+                self._problem((*here, "service_id"), "expected the model's name at the provider")
         if model.endpoints and not any(endpoint.weight for endpoint in model.endpoints):
             self._problem((*at, "endpoints"), "expected a weight above 0 for one of them")
         self._shaping(model, at)
@@ -10527,7 +10557,8 @@ class _Checker:
         if known or find_model(base) or family_of(base.lower()):
             return
         if separator:
-            if separator == ":" or place in self._providers:
+            near = near_misses(place, self._providers, 1, _SLIP)
+            if separator == ":" or (near and place not in self._providers):
                 self._provider(place, at)
             return
         near = near_misses(base, [*self._config.models, *self._declared, *catalogue()], 1)
@@ -10574,7 +10605,9 @@ def _check_provider(ident: str, provider: ProviderConfig, config: Config, reader
         reader.problem(at, "expected an id of letters, digits, `.`, `_` and `-`")
     if provider.derives:
         _check_derives(ident, provider.derives, config, reader)
-    elif provider_id(ident) not in PROVIDERS and not provider.api_base:
+    elif not (provider_id(ident) in PROVIDERS or provider.api_base) and not reader.is_unset(
+        (*at, "api_base")
+    ):
         near = near_misses(ident, [*PROVIDERS, *ALIASES], 1)
         hint = f"did you mean {near[0]}?" if near else "one of your own needs an api_base"
         reader.problem(at, f"this provider is not known; {hint}")
@@ -10590,6 +10623,13 @@ def _check_provider(ident: str, provider: ProviderConfig, config: Config, reader
     keys = [provider.api_key, *(account.api_key for account in provider.accounts)]
     if not all(is_header_text(key.reveal()) for key in keys if key):
         reader.problem(at, "a key holds a character that no header may hold")
+    for key in keys:
+        name = header_of(key) if key else None
+        if name is not None and (
+            not re.fullmatch(r"[!#$%&'*+.^_`|~0-9a-z-]+", name)
+            or name in {*OUR_HEADERS, "authorization"}
+        ):
+            reader.problem(at, f"request:{name} is no header that a key could come in")
 
 
 def _check_bases(at: _KeyPath, provider: ProviderConfig, reader: _Reader) -> None:
@@ -10601,9 +10641,8 @@ def _check_bases(at: _KeyPath, provider: ProviderConfig, reader: _Reader) -> Non
         if name not in PROTOCOL_NAMES:
             said = f"expected one of {', '.join(ApiProtocol)}, got {show_json(name)}"
             reader.problem((*at, "protocol_endpoints", name), said)
-    unset = {where for where, _ in reader.unset}
     for where, base in bases:
-        if base and where not in unset and (wrong := base_problem(base)):
+        if base and (wrong := base_problem(base)):
             reader.problem(where, wrong)
 
 
@@ -10762,20 +10801,22 @@ def active_providers(
     active: dict[str, ActiveProvider] = {}
     warnings: list[str] = []
     own = {provider_id(ident): provider for ident, provider in config.providers.items()}
-    broken = {
-        provider_id(name): why
-        for (section, name), why in config.broken.items()
-        if section == "providers"
-    }
+    broken, lacking = (
+        {provider_id(name): why for (kind, name), why in config.broken.items() if kind == section}
+        for section in ("providers", "accounts")
+    )
     known = PROVIDERS if config.inherit_defaults else [i for i in PROVIDERS if i in own]
     for ident in (*known, *(ident for ident in own if ident not in PROVIDERS)):
         given = own.get(ident)
         if given and not given.active:
             continue
         facts = PROVIDERS.get(ident) or _unknown_provider(ident, own)
-        found = _activate(facts, given, config, environ, warnings)
-        if found is None and ident in broken:
+        if ident in broken:  # with a part of it missing, its key might go to the wrong place
             warnings.append(f"{ident} is off: {broken[ident]}")
+            continue
+        found = _activate(facts, given, config, environ, warnings)
+        if found is None and ident in lacking:
+            warnings.append(f"{ident} is off: {lacking[ident]}")
         if found:
             active[ident] = found
     return active, warnings
@@ -10895,10 +10936,10 @@ def _label(account: AccountConfig, number: int) -> str:
 _FROM_CALLER = "request:"
 
 
-def header_of(key: Secret) -> str:
-    """The caller's header that a key is taken from; "" if it is a key."""
+def header_of(key: Secret) -> str | None:
+    """The caller's header that a key is taken from; None if it is a key."""
     text = key.reveal()
-    return text.removeprefix(_FROM_CALLER).lower() if text.startswith(_FROM_CALLER) else ""
+    return text.removeprefix(_FROM_CALLER).lower() if text.startswith(_FROM_CALLER) else None
 
 
 def _split_keys(text: str) -> list[tuple[str, Secret]]:
@@ -11070,7 +11111,7 @@ def wishes_in(provider: JsonObject) -> Wishes:
         _named_providers(provider, "order"),
         _named_providers(provider, "only"),
         _named_providers(provider, "ignore"),
-        strings_in(tags, "provider.tags"),
+        _bounded_names(tags, "provider.tags"),
         fallbacks is not False,
         _option(provider, "require_parameters", bool) is True,
         _price_in(price, "input", "prompt"),
@@ -11090,8 +11131,19 @@ def _option(provider: JsonObject, key: str, kind: type[T]) -> T | None:
 
 
 def _named_providers(provider: JsonObject, key: str) -> tuple[str, ...]:
-    names = strings_in(provider.get(key), f"provider.{key}")
+    names = _bounded_names(provider.get(key), f"provider.{key}")
     return tuple(provider_id(name.strip().lower()) for name in names)
+
+
+_MAX_NAMES, _MAX_NAME_CHARS = 64, 128
+
+
+def _bounded_names(value: Json, where: str) -> tuple[str, ...]:
+    names = strings_in(value, where)
+    if len(names) > _MAX_NAMES or any(len(name) > _MAX_NAME_CHARS for name in names):
+        said = f"expected at most {_MAX_NAMES} names of {_MAX_NAME_CHARS} characters"
+        raise BadRequest(f"{where}: {said}", param=where)
+    return names
 
 
 def _price_in(price: JsonObject, *names: str) -> float | None:
@@ -11258,6 +11310,7 @@ class Leg(NamedTuple):
     Attributes:
         order: `declared`, `balance`, or one of SORTS.
         weight: its share among the legs of which one is drawn; 0 for one that has its place.
+        group: which entry of a request's `models` it comes of.
     """
 
     model: str
@@ -11265,6 +11318,7 @@ class Leg(NamedTuple):
     reasons: tuple[str, ...]
     order: str = "balanced"
     weight: float = 0.0
+    group: int = 0
 
 
 class Route(NamedTuple):
@@ -11350,7 +11404,7 @@ class Router:
             self._ranks["bitrouter-cloud"] = self._ranks["gateway"]
         # The callers' headers that hold keys: none of them is for anybody but its provider.
         self.key_headers = frozenset(
-            header_of(account.api_key) for one in active.values() for account in one.accounts
+            header_of(account.api_key) or "" for one in active.values() for account in one.accounts
         )
         # Who shares the models of a provider of the registry, itself among them.
         self._alike: dict[str, list[str]] = {}
@@ -11375,10 +11429,10 @@ class Router:
             try:
                 route = self._resolve(model, op, wishes)
             except BitrouterError as error:
-                route = error
+                route = copy(error)
             self._remembered[asked] = route
         if isinstance(route, BitrouterError):
-            raise route.with_traceback(None)
+            raise copy(route)  # a traceback would keep the request alive for as long as the name
         return route
 
     def _resolve(self, model: str | tuple[str, ...], op: Operation, wishes: Wishes) -> Route:
@@ -11390,6 +11444,7 @@ class Router:
             legs, asked = self._legs(model, op, wishes, left_out), model
         else:
             legs, asked = self._several(model, op, wishes, left_out), ", ".join(model)
+        legs = _once_each(legs)
         placed = [
             (target, reason)
             for leg in legs
@@ -11416,7 +11471,8 @@ class Router:
         first: BitrouterError | None = None
         for i, model in enumerate(models):
             try:
-                legs += self._legs(model, op, wishes, left_out)
+                found = self._legs(model, op, wishes, left_out)
+                legs += [leg._replace(group=i) for leg in found]
             except (KeyMissing, ProtocolUnsupported) as error:
                 left_out.append(f"{printable(model)}: {error.message}")
                 first = first or error
@@ -11806,7 +11862,7 @@ class Router:
                 )
             )
             for account in provider.accounts
-            for key_from in [header_of(account.api_key)]
+            for key_from in [header_of(account.api_key) or ""]
         ]
 
     def _price(self, provider: ActiveProvider, model: str) -> Price:
@@ -11894,13 +11950,14 @@ class Router:
     def _unset(self, ident: str) -> str:
         """What the file's entry for a provider lacks."""
         for (section, name), why in self.config.broken.items():
-            if section == "providers" and provider_id(name) == ident:
+            if section in ("providers", "accounts") and provider_id(name) == ident:
                 return why
         return ""
 
     def listing(self) -> list[Listed]:
         """Every model that can be asked for by name, sorted."""
         if self._listing is None:
+            self._listing = []  # what is asked for on the way sees nothing, and asks no further
             self._listing = sorted(self._listed(), key=lambda one: one.id)
         return self._listing
 
@@ -11943,6 +12000,31 @@ class Router:
         )
         broken = {name for section, name in self.config.broken if section == "models"}
         return (one for one in listed.values() if one.providers and one.id not in broken)
+
+
+def _once_each(legs: list[Leg]) -> list[Leg]:
+    """Legs in which no target stands twice: what has failed is not asked again."""
+    seen: list[Target] = []
+    out: list[Leg] = []
+    for leg in legs:
+        kept = []
+        for target, reason in zip(leg.targets, leg.reasons, strict=True):
+            if not any(_is_same(target, other) for other in seen):
+                seen.append(target)
+                kept.append((target, reason))
+        if kept:
+            targets, reasons = zip(*kept, strict=True)
+            out.append(leg._replace(targets=targets, reasons=reasons))
+    return out
+
+
+def _is_same(one: Target, other: Target) -> bool:
+    return (
+        one.key == other.key
+        and (one.preset, one.virtual, one.endpoint) == (other.preset, other.virtual, other.endpoint)
+        and (one.protocol, one.base, one.headers) == (other.protocol, other.base, other.headers)
+        and (one.shape, one.timeouts, one.limits) == (other.shape, other.timeouts, other.limits)
+    )
 
 
 def _differ(targets: list[Target]) -> bool:
@@ -11988,10 +12070,13 @@ def _shaping(
 ) -> tuple[Headers, Timeouts, Shape]:
     """Several shapings at once, the one that is nearest to the request first, as headers to send,
     deadlines, and a shape."""
-    headers, timeouts = dict(provider.facts.headers), provider.timeouts
-    for one in order:
+    headers: Headers = dict(provider.facts.headers)
+    timeouts = provider.timeouts
+    for one in order:  # as bodies are edited: what comes later has the last word
+        headers |= {name.lower(): value for name, value in one.extra_headers.put.items()}
+        for name in one.extra_headers.drop:
+            headers.pop(name, None)
         if one is not provider.given:  # whose own are in there already
-            headers |= {name.lower(): value for name, value in one.extra_headers.put.items()}
             timeouts = with_limits(timeouts, one.timeouts)
     return headers, timeouts, _shape_of(order)
 
@@ -12373,14 +12458,14 @@ class _Window:
 
     def __init__(self) -> None:
         self.times: deque[float] = deque()
-        self.spent: deque[tuple[float, int]] = deque()
+        self.spent: deque[list[float]] = deque()  # [when, tokens]
         self.total = 0
 
     def forget(self, now: float) -> None:
         while self.times and self.times[0] <= now - _MINUTE_S:
             self.times.popleft()
         while self.spent and self.spent[0][0] <= now - _MINUTE_S:
-            self.total -= self.spent.popleft()[1]
+            self.total -= int(self.spent.popleft()[1])
 
 
 class Limits:
@@ -12411,16 +12496,26 @@ class Limits:
             if limit.requests_per_minute is not None:
                 window.times.append(now)
             if limit.tokens_per_minute is not None:
-                window.spent.append((now, tokens))
+                window.spent.append([now, tokens])
                 window.total += tokens
 
-    def settle(self, target: Target, more: int, now: float) -> None:
-        """What a request has used beyond its estimate, or less than it."""
+    def settle(self, target: Target, more: int, taken_at: float, now: float) -> None:
+        """What a request has used beyond its estimate, or less than it, which is given back while
+        the estimate counts."""
         for whose, limit in target.limits:
             window = self._windows.get(whose)
-            if window is not None and limit.tokens_per_minute is not None and more:
-                window.spent.append((now, more))
-                window.total += more
+            if window is None or limit.tokens_per_minute is None or not more:
+                continue
+            window.forget(now)
+            entry = next((one for one in window.spent if one[0] == taken_at), None)
+            if more > 0:
+                window.spent.append([now, more])
+            elif entry is not None:
+                more = max(more, -int(entry[1]))
+                entry[1] += more
+            else:
+                continue
+            window.total += more
 
     def used(self, now: float) -> dict[str, JsonObject]:
         """What has been used in the last minute, for status pages."""
@@ -12437,7 +12532,7 @@ def _until_there_is_room(window: _Window, most: int, tokens: int, now: float) ->
     if over <= 0:
         return 0.0
     for at, spent in window.spent:
-        over -= spent
+        over -= int(spent)
         if over <= 0:
             return at + _MINUTE_S - now
     return _MINUTE_S
@@ -12447,6 +12542,7 @@ def _until_there_is_room(window: _Window, most: int, tokens: int, now: float) ->
 
 _HOUR_S = 3600.0
 _MAX_SAMPLES = 512
+_FEW_SAMPLES = 64
 
 
 class Speed(NamedTuple):
@@ -12474,6 +12570,11 @@ class _Gauge:
         self.speed: Speed | None = None
         self.until = 0.0
 
+    def changed(self, now: float) -> None:
+        """What was worked out holds for a second more at most; of few samples, no more at all."""
+        few = len(self.samples) + len(self.failures) < _FEW_SAMPLES
+        self.until = 0.0 if few else min(self.until, now + 1.0)
+
 
 class Meter:
     """Rolling figures of an hour, by provider and model."""
@@ -12487,12 +12588,12 @@ class Meter:
         """rate: output tokens per second, if it could be told."""
         gauge = self._gauge(target)
         gauge.samples.append((now, stream, ttft_s, rate))
-        gauge.speed = None
+        gauge.changed(now)
 
     def failed(self, target: Target, now: float) -> None:
         gauge = self._gauge(target)
         gauge.failures.append(now)
-        gauge.speed = None
+        gauge.changed(now)
 
     def speed(self, target: Target, now: float) -> Speed:
         gauge = self._gauges.get((target.provider, target.model))
@@ -12615,12 +12716,16 @@ def needs_of(body: JsonObject) -> Needs:
             waiting += value
         elif isinstance(value, dict):
             kind = _MEDIA_TYPES.get(value["type"]) if isinstance(value.get("type"), str) else None
-            mime = next((m for k in _BLOBS if isinstance(m := dig(value, *k), str)), "")
+            mime = "" if _BLOB_NAMES.isdisjoint(value) else _mime_of(value)
             if kind or mime:
                 able.add(kind or _MEDIA_KINDS.get(mime.partition("/")[0], "file_input"))
                 chars += 4 * _TOKENS_OF_MEDIA
-            else:
-                waiting += value.values()
+                continue
+            for name, inner in value.items():
+                if name in _FREE and not isinstance(inner, str):
+                    chars += len(repr(inner))  # what it holds has names of its own
+                else:
+                    waiting.append(inner)
     settings = as_object(body.get("generationConfig", body.get("generation_config")))
     if body.get("tools") or body.get("functions"):
         able.add("tools")
@@ -12640,10 +12745,22 @@ def needs_of(body: JsonObject) -> Needs:
     return Needs(frozenset(able), effort, chars // 4)
 
 
-_BLOBS = (
-    ("inlineData", "mimeType"), ("inline_data", "mime_type"), ("inlineData", "mime_type"),
-    ("fileData", "mimeType"), ("file_data", "mime_type"),
-)  # fmt: skip
+_BLOB_NAMES = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
+_FREE = frozenset((
+    "input", "args", "arguments", "parameters", "input_schema", "parametersJsonSchema", "response",
+))  # fmt: skip
+
+
+def _mime_of(part: JsonObject) -> str:
+    """The media type of one of Google's blobs."""
+    for name in _BLOB_NAMES:
+        facts = as_object(part.get(name))
+        mime = facts.get("mimeType", facts.get("mime_type"))
+        if isinstance(mime, str):
+            return mime
+    return ""
+
+
 _MEDIA_KINDS = {"image": "image_input", "audio": "audio_input", "video": "video_input"}
 _TOKENS_OF_MEDIA = 500  # at least about as much as a picture costs
 _READS = {
@@ -12754,27 +12871,27 @@ def choose(
     if not route.wishes.allow_fallbacks and not route.wishes.order and chain:
         alone = chain[0].provider, chain[0].model
         chain = [target for target in chain if (target.provider, target.model) == alone]
-    unique = {(target.key, id(target.shape)): target for target in reversed(chain)}
-    ordered = tuple(t for t in chain if unique.pop((t.key, id(t.shape)), None))
-    return Chosen(health.order(ordered, now, first), tuple(left_out), notes)
+    return Chosen(health.order(tuple(chain), now, first), tuple(left_out), notes)
 
 
 def _drawn(legs: tuple[Leg, ...], draw: Callable[[], float]) -> list[Leg]:
-    """The legs in their order; of those that have a weight, one is drawn, and then another."""
-    candidates = [leg for leg in legs if leg.weight]
-    if len(candidates) < 2:
-        return list(legs)
+    """The legs in their order; of those of one entry that have a weight, one is drawn, and then
+    another."""
     out: list[Leg] = []
-    at = draw()
-    while candidates:
-        point = at * sum(leg.weight for leg in candidates)
-        for leg in candidates:
-            point -= leg.weight
-            if point < 0:
-                break
-        out.append(leg)  # and the next one by the same number, among those that are left
-        candidates.remove(leg)
-    return [*out, *(leg for leg in legs if not leg.weight)]
+    for _, run in itertools.groupby(legs, key=lambda leg: leg.group):
+        group = list(run)
+        candidates = [leg for leg in group if leg.weight]
+        at = draw() if len(candidates) > 1 else 0.0
+        while candidates:
+            point = at * sum(leg.weight for leg in candidates)
+            for leg in candidates:
+                point -= leg.weight
+                if point < 0:
+                    break
+            out.append(leg)  # and the next one by the same number, among those that are left
+            candidates.remove(leg)
+        out += [leg for leg in group if not leg.weight]
+    return out
 
 
 def _in_order(
@@ -15740,7 +15857,7 @@ class Pool:
     def __init__(self, sweeper: Sweeper, environ: Mapping[str, str], pool_idle_s: float) -> None:
         self.sweeper = sweeper
         self._environ = environ
-        self._pool_idle_s = pool_idle_s
+        self.idle_s = pool_idle_s
         self._idle: dict[Origin, list[Connection]] = {}
         self._dials: dict[Origin, asyncio.Semaphore] = {}
         self._proxies = _proxies(environ)
@@ -15782,10 +15899,10 @@ class Pool:
 
     def give_back(self, connection: Connection) -> None:
         idle = self._idle.setdefault(connection.origin, [])
-        if len(idle) < _MAX_IDLE_PER_ORIGIN and self._pool_idle_s > 0:
+        if len(idle) < _MAX_IDLE_PER_ORIGIN and self.idle_s > 0:
             idle.append(connection)
             connection.idle_s = connection.limit = NEVER
-            connection.deadline = self.sweeper.now + self._pool_idle_s
+            connection.deadline = self.sweeper.now + self.idle_s
         else:
             connection.abort()
 
@@ -16246,7 +16363,6 @@ class App:
         self.reloads = 0
         self.reload: Callable[[Mapping[str, str]], Awaitable[JsonObject]] | None = None
         self.router = Router(config, {})
-        self.configure(config)
         self.sweeper = Sweeper(tick_s)
         self.pool = Pool(self.sweeper, environ, config.upstream.timeouts.pool_idle_s)
         self.random = random.Random()  # noqa: S311  ids and jitter, not secrets
@@ -16259,6 +16375,7 @@ class App:
         self.may_fetch_from: Callable[[str], bool] = is_public
         self.draining = False
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.configure(config)
 
     def configure(self, config: Config) -> None:
         """Serve by a configuration from now on. Requests that run finish by the old one; what is
@@ -16266,6 +16383,7 @@ class App:
         before = self.router.active
         self.config = config
         self.health.breaker = config.upstream.breaker
+        self.pool.idle_s = config.upstream.timeouts.pool_idle_s
         self.callers = caller_keys(config, self.environ)
         self.auth_required = auth_required(config)
         self.reroute()
@@ -16285,13 +16403,19 @@ class App:
         for ident, found in self.local.items():
             given = active.get(ident)
             if given is None:
-                active[ident] = found
+                if found.found and self.may_find(ident):
+                    active[ident] = found
             else:
                 known = {model.id for model in given.models}
                 more = tuple(model for model in found.models if model.id not in known)
                 active[ident] = given._replace(models=(*given.models, *more))
         self.writer.hide(_secrets(self.config, active))
         self.router = Router(self.config, active)
+
+    def may_find(self, ident: str) -> bool:
+        """Whether a server on this machine that nobody named may be used."""
+        own = {provider_id(name): given for name, given in self.config.providers.items()}
+        return self.config.inherit_defaults and (ident not in own or own[ident].active)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Run something in the background, keep hold of it, and report it if it fails."""
@@ -16384,6 +16508,11 @@ class Errand:
 def _secrets(config: Config, active: Mapping[str, ActiveProvider]) -> Iterator[Secret]:
     """All that must not be seen in a log."""
     yield from (key.key for key in config.keys.values())
+    shapings: list[Shaping] = [*config.providers.values(), *config.presets.values()]
+    shapings += [one for provider in config.providers.values() for one in provider.models]
+    shapings += [*config.models.values()]
+    shapings += [one for model in config.models.values() for one in model.endpoints]
+    yield from (Secret(text) for one in shapings for text in one.extra_headers.put.values())
     for provider in active.values():
         yield from (account.api_key for account in provider.accounts)
         yield from (Secret(value) for value in provider.facts.headers.values())
@@ -16913,6 +17042,7 @@ class Call:
         strict: the caller would rather have an error than a loss.
         given: the document as the caller sent it, without what was meant for us; `document` has
             the fields and the system prompt of the target's shape.
+        taken_at: when it was last counted against a limit.
         withheld: its headers that hold keys for some provider or other.
         several: there is a choice of targets, so that a conversation had better stay at one.
         rules: how upstreams are dealt with, as it was when the request came.
@@ -16952,6 +17082,7 @@ class Call:
     needs: Needs | None = None
     session: Session | None = None
     several: bool = False
+    taken_at: float = 0.0
     withheld: frozenset[str] = frozenset()
     explain: bool = False
     explained: JsonObject | None = None
@@ -17099,7 +17230,7 @@ class Race:
         return self.winner is call
 
 
-def _lost(call: Call) -> UpstreamError | None:
+def lost_race(call: Call) -> UpstreamError | None:
     """What an attempt ends with when another one has answered in the meantime."""
     if call.race is None or call.race.won_by(call):
         return None
@@ -17499,7 +17630,7 @@ async def _fan_out(app: App, call: Call, reply: Reply, target: Target, outgoing:
     translation = outgoing.translation
     assert translation is not None  # noqa: S101  only translated requests fan out
     headers = JSON_HEADERS | served_by(call, target)
-    if lost := _lost(call):
+    if lost := lost_race(call):
         raise lost
     call.first_at = time.monotonic()
     if call.stream:
@@ -17559,7 +17690,7 @@ def _answer(
     if not 200 <= head.status < 300:
         raise _refusal(call, target, head, body)
     value = _read_answer(call, target, body)
-    if lost := _lost(call):
+    if lost := lost_race(call):
         raise lost
     headers = _answer_headers(call, target, head)
     if translation:
@@ -17827,7 +17958,7 @@ class _StreamSink:
         """The first bytes: from here on this target's answer is the answer."""
         assert self._head is not None  # noqa: S101  a body comes after its head
         call, reply = self._call, self._reply
-        if lost := _lost(call):
+        if lost := lost_race(call):
             self._fail(lost)
             return
         call.first_at = time.monotonic()
@@ -17919,7 +18050,7 @@ class _RawSink:
         if not 200 <= head.status < 300:
             self._refused = []
             return
-        if lost := _lost(self._call):
+        if lost := lost_race(self._call):
             self._refused = []
             fail_future(self.done, lost)
             return
@@ -18066,6 +18197,8 @@ async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
     codec, prompt = call.codec, call.prompt
     parts, usage = echo_parts(prompt)
     label = AnswerLabel(app.new_id(), time.time_ns() // 10**9, ECHO_MODEL, usage.input_tokens)
+    if lost := lost_race(call):
+        raise lost
     call.book(usage)
     call.first_at = time.monotonic()
     headers = served_by(call, target)
@@ -18114,11 +18247,11 @@ async def _in_turn(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]
     waits: list[float] = []
     asked = 0
     for place, target in enumerate(chain):
+        if asked:
+            await _back_off(call, asked)
         race = call.race
         if race and race.second and call is race.leader:
             break  # the other attempt goes on from here
-        if asked:
-            await _back_off(call, asked)
         call.place, retries = place, 0
         while True:
             wait_s = _take(app, call, target)
@@ -18158,6 +18291,7 @@ def _take(app: App, call: Call, target: Target) -> float:
         call.skipped[f"{target.name}/{target.model}"] = f"over its limit for {wait_s:.0f} s"
         return max(wait_s, 0.001)
     app.health.limits.take(target, call.needs.tokens, now)
+    call.taken_at = now
     return 0.0
 
 
@@ -18240,8 +18374,7 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
     except UpstreamUnfit as error:
         return error
     if target.provider == "echo":
-        await echo(app, call, reply, target)
-        return None
+        return await _echoed(app, call, reply, target)
     started_at = time.monotonic()
     probes = call.op.generates and app.health.begin(target, started_at, target.timeouts.total_s)
     try:
@@ -18266,6 +18399,14 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
         _credit(app, call, target, started_at)
     elif call.op.generates and isinstance(broke, UpstreamError) and _is_the_targets_fault(broke):
         _blame(app, target, broke)
+    return None
+
+
+async def _echoed(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
+    try:
+        await echo(app, call, reply, target)
+    except UpstreamUnfit as error:  # another attempt was faster
+        return error
     return None
 
 
@@ -18311,7 +18452,7 @@ def _credit(app: App, call: Call, target: Target, started_at: float) -> None:
         app.writer.event("recovered", {"target": f"{target.name}/{printable(target.model)}"})
     if target.limits and usage and call.needs:
         more = usage.input_tokens + usage.output_tokens - call.needs.tokens
-        app.health.limits.settle(target, more, now)
+        app.health.limits.settle(target, more, call.taken_at, now)
     first_at = call.first_at or now
     took_s = now - (first_at if call.stream else started_at)
     rate = usage.output_tokens / took_s if usage and usage.output_tokens and took_s > 0 else None
@@ -19413,6 +19554,7 @@ async def serve(
     control: str = "",
     watched: Callable[[], tuple[str, ...]] = tuple,
     parent: int = 0,
+    answers_health: bool = True,
 ) -> None:
     """Listen until SIGTERM or Ctrl-C, then drain. A second signal cuts everything at once.
 
@@ -19425,7 +19567,8 @@ async def serve(
     stop = asyncio.Event()
     listener = Listener(app)
     await listener.open()
-    stop_health = start_health_listener(app) if app.config.server.health_listen else None
+    listens = app.config.server.health_listen and answers_health
+    stop_health = start_health_listener(app) if listens else None
     app.writer.attach(loop)
     _on_signals(app, loop, stop)
     controller = await _open_control(app, control) if control else None
@@ -19502,7 +19645,7 @@ async def _open_control(app: App, path: str) -> asyncio.Server | None:
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)  # noqa: PTH103, PTH120
         with suppress(FileNotFoundError):
-            if not _answers(path):
+            if not answers_at(path):
                 os.unlink(path)  # noqa: PTH108  of one that was killed
         return await _listen_on_path(path, lambda: CallerConnection(app, CONTROL, opened))
     except (OSError, AttributeError) as exc:  # AttributeError: Windows has no unix sockets
@@ -19510,7 +19653,7 @@ async def _open_control(app: App, path: str) -> asyncio.Server | None:
         return None
 
 
-def _answers(path: str) -> bool:
+def answers_at(path: str) -> bool:
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(path) == 0
 
@@ -19561,7 +19704,7 @@ class Listener:
     async def open(self) -> None:
         """Listen. Raises ConfigError when the address cannot be had or would be unsafe."""
         app, loop = self.app, asyncio.get_running_loop()
-        _check_safety(app)
+        check_safety(app.config, app.environ)
 
         def accept() -> CallerConnection:
             return CallerConnection(app, SERVICE, self._opened)
@@ -19620,19 +19763,19 @@ async def _listen_on_path(path: str, accept: Callable[[], CallerConnection]) -> 
         os.umask(before)
 
 
-def _check_safety(app: App) -> None:
+def check_safety(config: Config, environ: Mapping[str, str]) -> None:
     """Refuse to serve other machines without keys. Raises ConfigError."""
-    server = app.config.server
     keys_hint = (
         'give callers keys ([keys.NAME] key = "..." in bitrouter.toml, or BITROUTER_KEYS=key,... '
         "in the environment)"
     )
-    if not is_local(server.listen) and not app.auth_required:
+    listen, required = config.server.listen, auth_required(config)
+    if not is_local(listen) and not required:
         raise ConfigError(
-            f"server.listen: {server.listen} can be reached by other machines, and auth is off: "
+            f"server.listen: {listen} can be reached by other machines, and auth is off: "
             f'{keys_hint} and set server.auth = "required"'
         )
-    if app.auth_required and not app.callers:
+    if required and not caller_keys(config, environ):
         raise ConfigError(f"server.auth: keys are required and there are none: {keys_hint}")
 
 
@@ -19655,14 +19798,14 @@ async def discover(app: App, *, everyone: bool = True) -> None:
     asked = {
         ident: configured.get(ident)
         for ident, facts in PROVIDERS.items()
-        if facts.kind == "local" and (app.config.inherit_defaults or ident in configured)
+        if facts.kind == "local" and (ident in configured or app.may_find(ident))
     }
     if everyone:
         asked |= {ident: one for ident, one in configured.items() if one.given.auto_discover}
     found = await asyncio.gather(
         *(_look(app, given.facts if given else PROVIDERS[i], given) for i, given in asked.items())
     )
-    local = {ident: one for ident, one in app.local.items() if ident not in asked}
+    local = {i: one for i, one in app.local.items() if i not in asked and i in configured}
     local |= {ident: one for ident, one in zip(asked, found, strict=True) if one}
     if {i: one.models for i, one in local.items()} != {
         i: one.models for i, one in app.local.items()
@@ -19933,6 +20076,10 @@ def _check_free(listen: str) -> None:
 
 def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int) -> int:
     """worker: 0 if this process is the only one."""
+    if worker:  # it may stand in for one that died: the file may be another by now
+        with suppress(ConfigError):
+            listen, loaded = loaded.config.server.listen, _checked_config(given, os.environ)
+            loaded.config.server.listen = listen
     timeouts = loaded.config.upstream.timeouts
     shortest_s = min(timeouts.first_token_s, timeouts.idle_s, timeouts.total_s)
     app = App(loaded.config, os.environ, writer, tick_s=max(0.02, min(0.5, shortest_s / 4)))
@@ -19947,6 +20094,7 @@ def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int) -> in
                 control=control,
                 watched=lambda: reloader.files,
                 parent=os.getppid() if worker else 0,
+                answers_health=worker < 2,
             )
         )
     return 0
@@ -19959,6 +20107,9 @@ def control_path(listen: str, environ: Mapping[str, str], worker: int = 0) -> st
     if not port.isdigit():
         port = hashlib.sha256(listen.encode()).hexdigest()[:8]
     return os.path.join(home, f"{port}.{worker}.sock" if worker else f"{port}.sock")  # noqa: PTH118
+
+
+_AT_START = ("listen", "workers", "health_listen", "log_format")  # what no reload changes
 
 
 class _Reloader:
@@ -19977,8 +20128,15 @@ class _Reloader:
             app = self._app
             overlay = {**self._overlay, **environ}
             seen = {**os.environ, **overlay}
+            before = app.config.server
+            told: list[str] = []
             try:
                 loaded = await asyncio.to_thread(_checked_config, self._given, seen)
+                for name in _AT_START:
+                    if getattr(loaded.config.server, name) != getattr(before, name):
+                        told += [f"server.{name} changes with the next start"] * bool(loaded.files)
+                        setattr(loaded.config.server, name, getattr(before, name))
+                check_safety(loaded.config, seen)
             except ConfigError as error:
                 problems = error.message.split("\n  ")
                 problems = problems[1:] or problems
@@ -19986,14 +20144,9 @@ class _Reloader:
                 return {"reloaded": False, "errors": problems}
             self.files = loaded.files or self.files
             self._overlay = overlay
-            config, before = loaded.config, app.config.server
-            told = list(loaded.unset)
-            for name in ("listen", "workers", "health_listen", "log_format"):
-                if getattr(config.server, name) != getattr(before, name):
-                    told += [f"server.{name} changes with the next start"] if self.files else []
-                    setattr(config.server, name, getattr(before, name))
+            told += loaded.unset
             app.environ = seen
-            app.configure(config)
+            app.configure(loaded.config)
             app.reloads += 1
             for warning in [*told, *app.warnings]:
                 log.warning("configuration %s", warning)
@@ -20048,7 +20201,7 @@ def _controls(args: argparse.Namespace) -> list[str]:
     plain = control_path(listen, os.environ)
     stem = plain.removesuffix(".sock")
     found = [plain, *(f"{stem}.{n}.sock" for n in range(1, 257))]
-    found = [path for path in found if os.path.exists(path)]  # noqa: PTH110
+    found = [path for path in found if os.path.exists(path) and answers_at(path)]  # noqa: PTH110
     if not found:
         raise ConfigError(f"no server answers for {listen}; start one with `bitrouter serve`")
     return found

@@ -508,3 +508,45 @@ async def test_one_caller_s_limits_are_not_another_s(world: Any) -> None:
         assert await w.served(headers={"x-team-key": "sk-one"}) == "b"
         assert await w.served(headers={"x-team-key": "sk-two"}) == "a"
         assert await w.served(headers={"x-team-key": "sk-three"}) == "a"
+
+
+async def test_the_built_in_model_answers_only_if_nobody_else_has(hedged: Any) -> None:
+    late = Reply(body=CHAT_ANSWER, after_s=0.05)
+    async with hedged(late, OK) as w, w.gw.caller() as caller:
+        await hedge(w)
+        body = {"models": ["a:m", "echo/echo"], "messages": HELLO}
+        first = await caller.post("/v1/chat/completions", body)
+        second = await caller.post("/v1/chat/completions", {"model": "b:m", "messages": HELLO})
+        assert first.headers["x-bitrouter-provider"] == "echo"
+        assert second.headers["x-bitrouter-provider"] == "b"
+
+
+async def test_a_hedge_and_a_pause_ask_nobody_twice(world: Any) -> None:
+    late = Reply(body=CHAT_ANSWER, after_s=0.15)
+    async with world(BROKEN, late, OK) as w:
+        w.gw.app.config.upstream.hedge_after_ms = 20
+        w.gw.app.config.upstream.fallback_backoff_ms = (45.0,)
+        assert await w.served() == "b"
+        assert w.counts == [1, 1, 0]
+
+
+async def test_no_target_is_asked_twice_in_one_pass(world: Any) -> None:
+    async with world(BROKEN) as w:
+        assert (await w.ask(models=["a:m", "m", "a:m"])).status == 500
+        assert w.counts == [1]
+
+
+async def test_what_was_found_is_not_used_once_it_is_switched_off(world: Any) -> None:
+    async with world(OK) as w:
+        app = w.gw.app
+        facts = bitrouter.PROVIDERS["ollama"]
+        base = dict.fromkeys(facts.bases, f"{w.fakes[0].base}/v1")
+        account = bitrouter.Account("", bitrouter.Secret(""), base)
+        models = (bitrouter.DeclaredModel("found"),)
+        provider = bitrouter.ActiveProvider(facts, (account,), "found", models=models, found=True)
+        app.local = {"ollama": provider}
+        app.reroute()
+        assert await w.served("found") == "ollama"
+        for toml in ("[providers.ollama]\nactive = false\n", "inherit_defaults = false\n"):
+            app.configure(configuration(w, toml))
+            assert (await w.ask("found")).status in (402, 404)

@@ -115,6 +115,8 @@ NEEDS: list[tuple[dict[str, Any], set[str]]] = [
     ({"thinking": {"type": "enabled", "budget_tokens": 9}}, {"reasoning"}),
     ({"generationConfig": {"thinkingConfig": {"thinkingLevel": "LOW"}}}, {"reasoning"}),
     ({"messages": [{"content": 'the words {"type": "image_url"} in a text'}]}, set()),
+    ({"messages": [{"content": [{"type": "tool_use", "input": {"type": "file"}}]}]}, set()),
+    ({"tools": [{"function": {"parameters": {"properties": {"a": {"type": "file"}}}}}]}, {"tools"}),
 ]  # fmt: skip
 
 
@@ -344,11 +346,15 @@ def test_a_limit_of_tokens_counts_what_was_used_in_the_end() -> None:
     limits.take(target, 30, 0.0)
     assert limits.wait_s(target, 70, 1.0) == 0
     assert limits.wait_s(target, 71, 1.0) == 59.0
-    limits.settle(target, 50, 10.0)
+    limits.settle(target, 50, 0.0, 10.0)  # it was more: 80
     assert limits.wait_s(target, 30, 11.0) == 49.0
-    limits.settle(target, -20, 12.0)
-    assert limits.wait_s(target, 30, 13.0) == 0
-    assert limits.used(13.0)["declared/limited"] == {"requests": 1, "tokens": 60}
+    limits.take(target, 20, 12.0)
+    limits.settle(target, -15, 12.0, 13.0)  # it was less: 5
+    assert limits.used(14.0)["declared/limited"] == {"requests": 2, "tokens": 85}
+    limits.settle(target, -500, 12.0, 14.0)  # but never less than nothing
+    assert limits.used(14.0)["declared/limited"] == {"requests": 2, "tokens": 80}
+    limits.settle(target, -30, 0.0, 61.0)  # what is forgotten is given back no more
+    assert limits.used(61.0)["declared/limited"] == {"requests": 1, "tokens": 50}
     assert limits.wait_s(target, 10_000, 61.0) == 9.0  # as soon as there is nothing else
     assert limits.used(100.0)["declared/limited"] == {"requests": 0, "tokens": 0}
 

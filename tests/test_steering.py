@@ -1286,6 +1286,7 @@ async def test_health_measures_limits_and_conversations_outlive_a_configuration(
 async def test_a_candidate_that_was_drawn_outlives_a_configuration(fleet: Any) -> None:
     async with fleet(OK, OK, OK, toml=TRIAL) as f:
         begun = [[{"role": "user", "content": f"Chat {n}"}] for n in range(10)]
+        f.gw.app.random.seed(3)
         first = [await f.served("@trial", turns=turns) for turns in begun]
         f.gw.app.configure(configured(f, NO_RETRY + tables(f.ups, [f.protocol] * 3) + TRIAL))
         later = [await f.served("@trial", turns=[*turns, *GOING_ON[1:]]) for turns in begun]

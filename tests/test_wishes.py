@@ -12,15 +12,19 @@ from bitrouter import (
     NO_WISHES,
     BadRequest,
     BitrouterError,
+    Breaker,
+    Health,
     KeyMissing,
     Listed,
     ModelFilter,
+    NotFound,
     Price,
     Route,
     Router,
     Unset,
     Wishes,
     active_providers,
+    choose,
     model_filter,
     narrowed,
     parse_config,
@@ -365,3 +369,58 @@ def test_any_name_is_an_answer_or_a_clear_error() -> None:
         told = outcome.chain if isinstance(outcome, Route) else outcome.message
         assert told
         assert isinstance(outcome, Route) or outcome.status in (400, 402, 404, 501)
+
+
+def test_the_entries_of_a_chain_keep_their_order_whatever_is_drawn() -> None:
+    legs = route(("cc:m", "@trial")).legs
+    assert [(leg.group, leg.weight) for leg in legs] == [(0, 0.0), (1, 3.0), (1, 1.0)]
+    chosen = choose(route(("cc:m", "@trial")), None, Health(Breaker()), 0.0, draw=lambda: 0.9)
+    assert [target.provider for target in chosen.chain] == ["cc", "cc", "aa"]
+
+
+def test_an_error_that_is_remembered_holds_on_to_nothing() -> None:
+    ours = fleet()
+    raised = []
+    for _ in range(2):
+        with pytest.raises(NotFound) as error:
+            ours.resolve("nobody-has-this", CHAT_OP)
+        raised.append(error.value)
+    assert raised[0] is not raised[1] and raised[0].message == raised[1].message
+
+
+def test_a_preset_that_leads_nowhere_is_not_listed_and_breaks_nothing() -> None:
+    ours = fleet("[presets.p]\nmodel = 'nobodys/model'\n", OPENAI_API_KEY="k")
+    assert "@p" not in {one.id for one in ours.listing()}
+    for name in ("@p", "nothing-known"):
+        with pytest.raises((NotFound, KeyMissing)):
+            ours.resolve(name, CHAT_OP)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[providers.openai]\napi_key = 'k'\napi_base = '${NOPE}'\n",
+        "[providers.openai]\napi_key = 'k'\nextra_headers = {a = '${NOPE}'}\n",
+        "[providers.openai]\naccounts = [{api_key = '${NOPE}'}]\n",
+        "[providers.openai]\napi_key = 'file:nowhere'\n",
+    ],
+)
+def test_a_provider_that_lacks_something_is_not_used_with_half_of_it(text: str) -> None:
+    def nothing(name: str) -> str:
+        raise FileNotFoundError(2, "No such file or directory", name)
+
+    loaded = parse_config(text, {}, "c.toml", nothing)
+    assert loaded.problems == [] and loaded.fatal == [] and len(loaded.unset) == 1
+    active, warnings = active_providers(loaded.config, {})
+    assert "openai" not in active and "openai is off" in warnings[0]
+    with pytest.raises(KeyMissing, match=r"NOPE|nowhere"):
+        Router(loaded.config, active).resolve("openai/gpt-4o", CHAT_OP)
+
+
+@pytest.mark.parametrize(
+    "provider",
+    [{"tags": ["x" * 129]}, {"ignore": ["openai"] * 65}, {"only": ["y" * 10_000_000]}],
+)
+def test_wishes_are_bounded(provider: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="at most 64 names of 128 characters"):
+        wishes_in(provider)
