@@ -9536,7 +9536,7 @@ class Shaping:
 
 @dataclass(slots=True)
 class Breaker:
-    """So many failures within a window, and the target is spared for a while."""
+    """So many failures in a row within a window, and the target is spared for a while."""
 
     failures: int = _limited(5, low=1)
     window_s: float = _limited(60.0, low=0.01)
@@ -10032,9 +10032,10 @@ class _Reader:
             return [self.anything(one, (*path, i)) for i, one in enumerate(raw)]
         if isinstance(raw, dict):
             return {key: self.anything(one, (*path, key)) for key, one in raw.items()}
-        if isinstance(raw, bool | int | float):
+        if isinstance(raw, bool | int) or (isinstance(raw, float) and abs(raw) < float("inf")):
             return raw
-        return self._mismatch(path, "JSON", str(raw))  # TOML has dates
+        self.problem(path, "expected JSON, which has no such value")  # a date, infinity
+        return None
 
     def header_edits(self, raw: Json, path: _KeyPath) -> HeaderEdits:
         """A table of headers, or a list of {name, value} and {name, delete}."""
@@ -10360,75 +10361,76 @@ class _Lines:
     """Where things stand in a file: tomllib does not say, so this looks for itself."""
 
     def __init__(self, text: str, name: str) -> None:
-        self._lines = text.split("\n")
-        self._name = name
+        self._text, self._lines, self._name = text, text.split("\n"), name
 
     def of(self, path: _KeyPath) -> str:
         """`file:line` of a key, of the nearest thing around it, or of the file."""
-        names = [str(part) for part in path if isinstance(part, str)]
-        at = self._toml(names) if not self._name.endswith(".json") else self._json(names)
-        if at and not self._name.endswith(".json") and any(isinstance(p, int) for p in path):
-            at = self._nth(path, at)
+        at = self._json(path) if self._name.endswith(".json") else self._toml(path)
         return f"{self._name}:{at}" if at else self._name
 
-    def _toml(self, names: list[str]) -> int:
-        best, depth, table = 0, -1, list[str]()
+    def _toml(self, path: _KeyPath) -> int:
+        for length in range(len(path), 0, -1):
+            if number := self._places.get(path[:length]):
+                rest = path[length:]
+                return self._entry(rest[0], number) if rest and isinstance(rest[0], int) else number
+        return 0
+
+    @functools.cached_property
+    def _places(self) -> dict[_KeyPath, int]:
+        """The line of every table and key; of a table that is not named itself, the first in it."""
+        places: dict[_KeyPath, int] = {}
+        entries: dict[_KeyPath, int] = {}  # of the lists in `[[...]]`: the newest's index
+        table: _KeyPath = ()
+        quotes = ""  # what ends the text of several lines that this line stands in
         for number, line in enumerate(self._lines, 1):
-            if header := re.match(r"\s*\[\[?\s*(.+?)\s*\]\]?\s*(#.*)?$", line):
-                table = _split_key(header[1])
+            if quotes:
+                quotes = "" if quotes in line else quotes
+                continue
+            if header := re.match(r"\s*(\[\[?)\s*(.+?)\s*\]\]?\s*(#.*)?$", line):
+                table = _table_at(_split_key(header[2]), entries, header[1] == "[[")
                 here = table
             elif key := re.match(rf"\s*({_TOML_KEY}(?:\s*\.\s*{_TOML_KEY})*)\s*=", line):
-                here = [*table, *_split_key(key[1])]
+                here = (*table, *_split_key(key[1]))
+                quotes = next((q for q in ('"""', "'''") if line.count(q) % 2), "")
             else:
                 continue
-            rest = names[len(here) :]
-            inner = any(re.search(rf"\b{re.escape(name)}\b", line) for name in rest)
-            score = 2 * len(here) + inner
-            if here == names[: len(here)] and score > depth:
-                best, depth = number, score
-            elif names == here[: len(names)] and 2 * len(names) - 1 > depth:
-                best, depth = number, 2 * len(names) - 1  # a table inside the one that is meant
-        return best
+            for length in range(len(here), 0, -1):
+                places.setdefault(here[:length], number)
+        return places
 
-    def _nth(self, path: _KeyPath, start: int) -> int:
-        """The line of the i-th entry of the list that begins at a line, as far as it can be told:
-        entries are tables, in `[[...]]` or in braces."""
-        at = next(n for n, part in enumerate(path) if isinstance(part, int))
-        index = int(path[at])
-        if at == len(path) - 1:
-            return start  # an entry that is no table stands where its list does
-        above = [str(part) for part in path[:at]]
-        headers = [
-            n
-            for n, line in enumerate(self._lines, 1)
-            if (found := re.match(r"\s*\[\[\s*(.+?)\s*\]\]", line))
-            and _split_key(found[1]) == above
-        ]
-        if headers:
-            within = headers[index] if index < len(headers) else start
-            for n in range(within, len(self._lines)):
-                if re.match(r"\s*\[", self._lines[n]):
-                    break
-                if re.match(rf"\s*{re.escape(str(path[-1]))}\s*=", self._lines[n]):
-                    return n + 1
-            return within
+    def _entry(self, index: int, start: int) -> int:
+        """The line of the i-th entry of a list that begins at a line, if its entries are in
+        braces; otherwise that of the list."""
         seen, depth = -1, 0
         for number in range(start, len(self._lines) + 1):
-            for sign in re.findall(
-                r"(?<!\$)\{|\}", re.sub(r"\$\{[^}]*\}", "", self._lines[number - 1])
-            ):
+            line = re.sub(r"\$\{[^}]*\}", "", self._lines[number - 1])
+            if number > start and not depth and re.match(rf"\s*(\[|{_TOML_KEY}\s*=)", line):
+                break
+            for sign in re.findall(r"[{}]", line):
                 seen += sign == "{" and depth == 0
                 depth += 1 if sign == "{" else -1
                 if seen >= index:
                     return number
         return start
 
-    def _json(self, names: list[str]) -> int:
+    def _json(self, path: _KeyPath) -> int:
         at = 0
-        for name in names:
-            found = "\n".join(self._lines).find(json.dumps(name), at)
-            at = max(found, at)
-        return "\n".join(self._lines)[:at].count("\n") + 1 if at else 0
+        for name in path:
+            if isinstance(name, str):
+                at = max(self._text.find(json.dumps(name), at), at)
+        return self._text.count("\n", 0, at) + 1 if at else 0
+
+
+def _table_at(names: list[str], entries: dict[_KeyPath, int], begins: bool) -> _KeyPath:
+    """The path that a header opens. begins: whether it adds an entry to a list of tables."""
+    path: _KeyPath = ()
+    for n, name in enumerate(names, 1):
+        path = (*path, name)
+        if begins and n == len(names):
+            entries[path] = entries.get(path, -1) + 1
+        if path in entries:
+            path = (*path, entries[path])
+    return path
 
 
 _TOML_KEY = r"""(?:[\w-]+|"[^"]*"|'[^']*')"""
@@ -10487,7 +10489,7 @@ class _Checker:
             self._problem((*at, "endpoints"), "expected at least one")
         for i, endpoint in enumerate(model.endpoints):
             here = (*at, "endpoints", i)
-            if at not in self._told:
+            if endpoint.provider:
                 self._provider(endpoint.provider, (*here, "provider"))
             self._shaping(endpoint, here)
             if not endpoint.service_id and at not in self._told:
@@ -10585,6 +10587,28 @@ class _Checker:
 
     def _shaping(self, shaping: Shaping, at: _KeyPath) -> None:
         _check_edits(shaping.extra_body, at, self._problem)
+        _check_params(shaping.params, at, self._problem)
+
+
+# What only the request itself can say.
+_NOT_PARAMS = {
+    "model", "messages", "input", "contents", "system", "instructions", "stream", "stream_options",
+    "models", "provider", "preset", "previous_response_id",
+}  # fmt: skip
+
+
+def _check_params(
+    params: JsonObject, at: _KeyPath, problem: Callable[[_KeyPath, str], None]
+) -> None:
+    for name in sorted(_NOT_PARAMS & set(params)):
+        problem((*at, "params", name), "only the request itself can say this")
+    known = {name: value for name, value in params.items() if name not in _NOT_PARAMS}
+    if known:
+        least = {"model": "m", "messages": [{"role": "user", "content": "."}]}
+        try:
+            CHAT.parse_request({**least, **known})
+        except BadRequest as error:
+            problem((*at, "params"), error.message)
 
 
 def _check_edits(
@@ -10620,6 +10644,7 @@ def _check_provider(ident: str, provider: ProviderConfig, config: Config, reader
         reader.problem(where, f"two accounts are labelled {show_json(label)}")
     _check_declared(at, provider, reader)
     _check_edits(provider.extra_body, at, reader.problem)
+    _check_params(provider.params, at, reader.problem)
     keys = [provider.api_key, *(account.api_key for account in provider.accounts)]
     if not all(is_header_text(key.reveal()) for key in keys if key):
         reader.problem(at, "a key holds a character that no header may hold")
@@ -10654,8 +10679,11 @@ def _check_declared(at: _KeyPath, provider: ProviderConfig, reader: _Reader) -> 
             said = f"{show_json(model.id)} is declared {ids[model.id]} times"
             reader.problem((*here, "id"), said)
             ids[model.id] = 1
-        if model.extra_body:
+        if model.extra_body or model.params:
             _check_edits(model.extra_body, here, reader.problem)
+            _check_params(model.params, here, reader.problem)
+        if model.id.startswith("@") or model.id != model.id.strip():
+            reader.problem((*here, "id"), "no request could ask for it by this name")
         levels = model.reasoning_effort
         if levels.default and levels.levels and levels.default not in levels.levels:
             said = f"expected one of levels, got {show_json(levels.default)}"
@@ -11132,7 +11160,12 @@ def _option(provider: JsonObject, key: str, kind: type[T]) -> T | None:
 
 def _named_providers(provider: JsonObject, key: str) -> tuple[str, ...]:
     names = _bounded_names(provider.get(key), f"provider.{key}")
-    return tuple(provider_id(name.strip().lower()) for name in names)
+    lowered = [provider_id(name.strip().lower()) for name in names]
+    # An id of the file's own is as the file has it.
+    return tuple(
+        known if known in PROVIDERS else name.strip()
+        for name, known in zip(names, lowered, strict=True)
+    )
 
 
 _MAX_NAMES, _MAX_NAME_CHARS = 64, 128
@@ -11385,6 +11418,7 @@ class Router:
     def __init__(self, config: Config, active: Mapping[str, ActiveProvider]) -> None:
         self.config = config
         self.active = dict(active)
+        self._known_providers = frozenset({*PROVIDERS, *active, *config.providers, "echo", ""})
         self._remembered: dict[Any, Route | BitrouterError] = {}
         self._listing: list[Listed] | None = None
         self._own: dict[str, dict[str, DeclaredModel]] = {}  # provider -> its ids -> what it says
@@ -11438,7 +11472,7 @@ class Router:
     def _resolve(self, model: str | tuple[str, ...], op: Operation, wishes: Wishes) -> Route:
         if model == ECHO_MODEL:
             return self._echo_route(op)
-        self._check_names(wishes)
+        wishes = self._spelled(wishes)
         left_out: list[str] = []
         if isinstance(model, str):
             legs, asked = self._legs(model, op, wishes, left_out), model
@@ -11545,19 +11579,30 @@ class Router:
             said = f"{section}.{name} cannot be used: {why}; set it and reload"
             raise Unset(said, param="model")
 
-    def _check_names(self, wishes: Wishes) -> None:
+    def _spelled(self, wishes: Wishes) -> Wishes:
+        """The wishes with providers' names as the configuration spells them."""
         if wishes is NO_WISHES:
-            return
-        known = {*PROVIDERS, *self.active, *self.config.providers, "echo", ""}
-        for key in ("order", "only", "ignore"):
-            for name in getattr(wishes, key):
-                if name not in known:
-                    near = near_misses(name, known, 1)
-                    hint = (
-                        f"did you mean {near[0]}?" if near else "`bitrouter providers` lists them"
-                    )
-                    said = f"provider.{key}: there is no provider {printable(name, 64)!r}; {hint}"
-                    raise BadRequest(said, param=f"provider.{key}")
+            return wishes
+        return wishes._replace(
+            order=self._providers_named("order", wishes.order),
+            only=self._providers_named("only", wishes.only),
+            ignore=self._providers_named("ignore", wishes.ignore),
+        )
+
+    def _providers_named(self, key: str, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(
+            name if name in self._known_providers else self._provider_named(key, name)
+            for name in names
+        )
+
+    def _provider_named(self, key: str, name: str) -> str:
+        folded = {known.lower(): known for known in self._known_providers}
+        if name.lower() in folded:
+            return folded[name.lower()]
+        near = near_misses(name, folded.values(), 1)
+        hint = f"did you mean {near[0]}?" if near else "`bitrouter providers` lists them"
+        said = f"provider.{key}: there is no provider {printable(name, 64)!r}; {hint}"
+        raise BadRequest(said, param=f"provider.{key}")
 
     def _legs(self, model: str, op: Operation, wishes: Wishes, left_out: list[str]) -> list[Leg]:
         named, asked = self._named(model, wishes), wishes
@@ -11752,10 +11797,11 @@ class Router:
 
     def _declared(self, model: str, *, found: bool) -> Iterator[_Place]:
         """Providers whose own list of models, in the file or found, has this very id."""
-        for ident, declared in self._by_id.get(model, ()):
+        for ident, declared in sorted(self._by_id.get(model, ()), key=lambda one: one[0]):
             if self.active[ident].found == found:
                 own = declared.provider_model_id or declared.id
-                rank = len(self._ranks) + 1 if found else 0
+                class_ = self.active[ident].given.class_
+                rank = len(self._ranks) + 1 if found else self._ranks.get(class_, 0)
                 yield _Place(ident, own, "declares the model", rank)
 
     def _of_lab(self, ident: str, model: str, wishes: Wishes) -> Iterator[_Place]:
@@ -12004,13 +12050,14 @@ class Router:
 
 def _once_each(legs: list[Leg]) -> list[Leg]:
     """Legs in which no target stands twice: what has failed is not asked again."""
-    seen: list[Target] = []
+    seen: dict[tuple[str, str, str], list[Target]] = {}
     out: list[Leg] = []
     for leg in legs:
         kept = []
         for target, reason in zip(leg.targets, leg.reasons, strict=True):
-            if not any(_is_same(target, other) for other in seen):
-                seen.append(target)
+            alike = seen.setdefault(target.key, [])
+            if not any(_is_same(target, other) for other in alike):
+                alike.append(target)
                 kept.append((target, reason))
         if kept:
             targets, reasons = zip(*kept, strict=True)
@@ -12833,8 +12880,13 @@ def is_named_session(headers: Headers, body: JsonObject) -> bool:
 def _session_name(headers: Headers, body: JsonObject) -> str:
     named = next((headers[name] for name in _SESSION_HEADERS if headers.get(name)), "")
     told = (body.get("prompt_cache_key"), body.get("session_id"), dig(body, "metadata", "user_id"))
-    return named or next((one for one in told if isinstance(one, str) and one), "")
+    named = named or next((one for one in told if isinstance(one, str) and one), "")
+    if len(named) <= _SESSION_CHARS:
+        return named
+    return hashlib.blake2b(named.encode("utf-8", "replace"), digest_size=16).hexdigest()
 
+
+_SESSION_CHARS = 128  # thousands of them are kept; of longer ones, the digest
 
 _SESSION_HEADERS = (
     "x-session-id", "session_id", "session-id", "x-claude-code-session-id", "x-bitrouter-session",
@@ -17356,8 +17408,9 @@ def _request(
         suffix = suffix.replace("{model}", quote(target.model, safe="/-._~:@"))
     query = f"?{query}" if query else ""
     edits, headers = call.own_edits(target) if call.bridge else ((), {})
-    if content_type == "application/json":
-        body = finished(body, target, edits)
+    # Edits are for what generates; for embeddings only where an endpoint of the file asks for it.
+    if call.op.generates or (call.op.embeds and target.virtual):
+        body = finished(body, target, edits) if content_type == "application/json" else body
     lines = [f"POST {path}{suffix}{query} HTTP/1.1\r\n", target.head.reveal()]
     own_protocol = target.protocol is call.op.protocol
     for name, value in call.headers.items():
@@ -18096,14 +18149,25 @@ class _RawSink:
 # ---------------------------------------------------------------------------------------------
 
 
-async def count_tokens(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]) -> None:
-    """Count a prompt's tokens: as a provider does, or else by a rule of thumb that says so."""
+async def count_tokens(
+    app: App,
+    call: Call,
+    reply: Reply,
+    chain: tuple[Target, ...],
+    prepared: Callable[[App, Call, Target], Target],
+) -> None:
+    """Count a prompt's tokens: as a provider does, or else by a rule of thumb that says so.
+
+    Args:
+        prepared: makes of a target one that this request can be sent to; raises UpstreamUnfit.
+    """
     for target in app.health.order(chain, time.monotonic()):
         call.target = target
         call.attempts += 1
         if target.provider == "echo" or target.protocol not in COUNT_SUFFIXES:
             continue
         try:
+            target = call.target = prepared(app, call, target)
             if target.protocol is call.op.protocol:
                 await exchange(app, call, reply, target)
                 return
@@ -18236,7 +18300,7 @@ async def attempt_chain(app: App, call: Call, reply: Reply, chain: tuple[Target,
     """Answer from the first target that can. Raises UpstreamError when none did."""
     hedge_ms = call.rules.hedge_after_ms
     if call.op.counts:
-        await count_tokens(app, call, reply, chain)
+        await count_tokens(app, call, reply, chain, _prepared)
     elif hedge_ms is not None and len(chain) > 1 and call.op.generates:
         await _hedged(app, call, reply, chain, hedge_ms / 1000)
     else:
@@ -19196,7 +19260,7 @@ def _read_wishes(app: App, call: Call) -> None:
     if preset:
         name = preset.removeprefix("@")
         call.model = f"@{name}/{call.model}" if call.model else f"@{name}"
-        call.models = (call.model, *models[1:]) if models else ()
+        call.models = tuple(f"@{name}/{one}" for one in models)
     wanted = maybe(body, "provider", dict)
     if wanted:
         call.wishes = wishes_in(wanted)
@@ -19852,6 +19916,7 @@ async def _model_ids(app: App, provider: ActiveProvider) -> tuple[DeclaredModel,
             connection.give_up(sink)
         return ()
     ids = [name for model in found if isinstance(name := dig(model, "id"), str)]
+    ids = [name for name in ids if re.fullmatch(r"[\w.][\w ./:+@-]{0,254}", name)]
     return tuple(DeclaredModel(ident) for ident in sorted(ids)[:1000])
 
 

@@ -487,16 +487,35 @@ async def test_lists_of_models_are_narrowed(gateway: Any) -> None:
 
 
 async def test_a_preset_leaves_alone_what_holds_no_talk(world: Any) -> None:
-    async with world(OK, OK, toml=PRESETS) as w:
-        async with w.gw.caller() as caller:
-            body = {"model": "@fast", "input": "x", "user": "u"}
-            answer = await caller.post("/v1/embeddings", body)
-        assert answer.status == 200
-        assert w.fakes[0].seen[0].json() == {
-            "model": "m",
-            "input": "x",
-            "metadata": {"team": "red"},
-        }
+    async with world(OK, OK, toml=PRESETS) as w, w.gw.caller() as caller:
+        body = {"model": "@fast", "input": "x", "user": "u"}
+        assert (await caller.post("/v1/embeddings", body)).status == 200
+        assert w.fakes[0].seen[0].json() == {**body, "model": "m"}
+
+
+async def test_all_models_of_a_chain_get_the_preset_that_is_asked_for(world: Any) -> None:
+    async with world(BROKEN, OK, toml='[presets.p]\nsystem_prompt = "P"\n') as w:
+        assert await w.served(..., preset="p", models=["a:m", "b:m"]) == "b"
+        assert w.fakes[1].seen[0].json()["messages"][0] == {"role": "system", "content": "P"}
+
+
+async def test_a_count_is_of_what_would_be_sent(provider: Any, gateway: Any) -> None:
+    async with provider(Reply(body={"input_tokens": 7})) as up:
+        toml = f"""
+[providers.c]
+api_base = "{up.base}/v1"
+api_protocol = "messages"
+api_key = "request:x-team-key"
+[presets.p]
+model = "c:m"
+system_prompt = "P"
+"""
+        async with gateway(toml) as gw, gw.caller() as caller:
+            body = {"model": "@p", "messages": HELLO}
+            answer = await caller.post("/v1/messages/count_tokens", body, x_team_key="sk-mine")
+            assert answer.json() == {"input_tokens": 7}
+        assert up.seen[0].json()["system"] == "P"
+        assert up.seen[0].headers["x-api-key"] == "sk-mine"
 
 
 async def test_one_caller_s_limits_are_not_another_s(world: Any) -> None:

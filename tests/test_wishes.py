@@ -424,3 +424,17 @@ def test_a_provider_that_lacks_something_is_not_used_with_half_of_it(text: str) 
 def test_wishes_are_bounded(provider: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match="at most 64 names of 128 characters"):
         wishes_in(provider)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("params = {stream = true}", "params.stream: only the request itself can say this"),
+        ("params = {temperature = nan}", "params.temperature: expected JSON"),
+        ("params = {tools = 'x'}", "params: tools: expected"),
+        ("model = 'opnai/gpt-4o'", "model: there is no provider 'opnai'; did you mean openai?"),
+    ],
+)
+def test_a_preset_that_could_never_work_is_refused(text: str, said: str) -> None:
+    problems = parse_config(f"[presets.p]\n{text}\n", {}).problems
+    assert problems and said in problems[0]
