@@ -13179,7 +13179,9 @@ def _snake(name: str) -> str:
 
 
 def _system_in_chat(body: JsonObject, text: str, mode: str) -> list[Change]:
-    messages = as_list(body.get("messages"))
+    messages = body.get("messages")
+    if not isinstance(messages, list):
+        return []  # the upstream says what is wrong with it
     theirs = [n for n, one in enumerate(messages) if dig(one, "role") in SYSTEM_ROLES]
     mine = Change("/messages/0", {"role": "system", "content": text}, insert=True)
     if not theirs:
@@ -13223,7 +13225,10 @@ def _system_in_gemini(body: JsonObject, text: str, mode: str) -> list[Change]:
         return []
     if isinstance(own, str):
         return [Change(f"/{name}", f"{text}\n\n{own}")]
-    return [_before(f"/{name}/parts", dig(own, "parts"), text, {"text": text})]
+    parts = dig(own, "parts")
+    if not isinstance(parts, list):  # one part may stand there without a list
+        return [Change(f"/{name}/parts", [{"text": text}, *([parts] if parts else [])])]
+    return [_before(f"/{name}/parts", parts, text, {"text": text})]
 
 
 def _before(pointer: str, own: Json, text: str, part: JsonObject) -> Change:
@@ -19727,7 +19732,11 @@ async def _control(app: App, request: HttpRequest, reply: Reply) -> None:
     if request.path == "/status":
         reply.send(200, compact(status_facts(app)), JSON_HEADERS)
     elif request.path == "/reload" and request.head.method == "POST" and app.reload:
-        given = as_object(parse_json(request.body or b"{}"))
+        try:
+            given = as_object(parse_json(request.body or b"{}"))
+        except (ValueError, RecursionError) as exc:
+            _refuse_control(app, request, reply, BadRequest(f"the body is not JSON: {exc}"))
+            return
         environ = {str(name): str(value) for name, value in given.items()}
         reply.send(200, compact(await app.reload(environ)), JSON_HEADERS)
     else:

@@ -211,6 +211,15 @@ SYSTEMS: list[tuple[Any, ...]] = [
      {"system_instruction": {"parts": [{"text": "P"}]}}),
     (GC, {"systemInstruction": "S"}, {}, {"systemInstruction": "P\n\nS"},
      {"systemInstruction": {"parts": [{"text": "P"}]}}),
+    (GC, {"systemInstruction": {"parts": {"text": "S"}}},
+     {}, {"systemInstruction": {"parts": [{"text": "P"}, {"text": "S"}]}},
+     {"systemInstruction": {"parts": [{"text": "P"}]}}),
+    (GC, {"systemInstruction": {"role": "system"}},
+     {}, {"systemInstruction": {"role": "system", "parts": [{"text": "P"}]}},
+     {"systemInstruction": {"parts": [{"text": "P"}]}}),
+    # what is wrong with these, the upstream says
+    (CC, {}, {}, {}, {}),
+    (CC, {"messages": "Hi"}, {}, {}, {}),
 ]  # fmt: skip
 
 

@@ -1493,13 +1493,14 @@ class Server:
         name = f"{self.port}.{worker}.sock" if worker else f"{self.port}.sock"
         return self.home / ".bitrouter" / name
 
-    async def asked(self, method: str, path: str, worker: int = 0) -> Answer:
+    async def asked(self, method: str, path: str, worker: int = 0, body: Any = None) -> Answer:
         """What the control socket answers."""
         caller = Caller(0)
         opened = await asyncio.open_unix_connection(str(self.control(worker)))
         caller.reader, caller.writer = opened
         try:
-            caller.send(request_bytes(method, path, {} if method == "POST" else None))
+            given = {} if method == "POST" and body is None else body
+            caller.send(request_bytes(method, path, given))
             return await caller.answer()
         finally:
             caller.writer.transport.abort()
@@ -1632,6 +1633,7 @@ async def test_a_socket_that_a_dead_server_left_is_taken_over(server: Any) -> No
         await s.start("--port", str(s.port))
         assert (await s.asked("GET", "/status")).json()["status"] == "ok"
         assert (await s.asked("GET", "/reload")).status == 404
+        assert (await s.asked("POST", "/reload", body=b"{")).status == 400
         assert (await s.asked("POST", "/reload")).json()["reloaded"] is True
         assert await s.stop() == 0 and not s.control().exists()
 
