@@ -18462,6 +18462,11 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
     except BaseException:
         if probes:
             app.health.abandoned(target)
+        if call.race and call.race.leader is call and call.race.winner not in (None, call):
+            # How long it was waited for in vain is the least that it would have taken. Were it not
+            # noted, who always hangs would never be measured, and would go first for that.
+            now = time.monotonic()
+            app.health.meter.answered(target, call.stream, now - started_at, None, now)
         raise
     broke = call.broke
     if broke is None:

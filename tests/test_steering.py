@@ -930,6 +930,13 @@ async def test_who_is_cancelled_for_being_slower_is_not_blamed(hedged: Any) -> N
         assert f.gw.app.health.cooling(0.0) == {} and f.counts == [6, 6]
 
 
+async def test_who_hangs_is_known_to_be_slow_after_a_lost_race(hedged: Any) -> None:
+    async with hedged(HANGS, OK) as f:
+        for _ in range(3):
+            await f.ask(provider={"sort": "latency"})
+        assert [len(up.seen) for up in f.ups] == [1, 3]
+
+
 async def test_one_target_alone_is_not_hedged(hedged: Any) -> None:
     async with hedged(Reply(body=CHAT_ANSWER, after_s=0.04), OK) as f:
         assert await f.served("a:m") == "a"
