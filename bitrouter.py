@@ -18462,11 +18462,7 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
     except BaseException:
         if probes:
             app.health.abandoned(target)
-        if call.race and call.race.leader is call and call.race.winner not in (None, call):
-            # How long it was waited for in vain is the least that it would have taken. Were it not
-            # noted, who always hangs would never be measured, and would go first for that.
-            now = time.monotonic()
-            app.health.meter.answered(target, call.stream, now - started_at, None, now)
+        _note_loss(app, call, target, started_at)
         raise
     broke = call.broke
     if broke is None:
@@ -18474,6 +18470,16 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
     elif call.op.generates and isinstance(broke, UpstreamError) and _is_the_targets_fault(broke):
         _blame(app, target, broke)
     return None
+
+
+def _note_loss(app: App, call: Call, target: Target, started_at: float) -> None:
+    """How long a race's first target was waited for in vain is the least that it would have taken.
+
+    Were it not noted, one that always hangs would never be measured, and go first for that.
+    """
+    if call.race and call.race.leader is call and call.race.winner not in (None, call):
+        now = time.monotonic()
+        app.health.meter.answered(target, call.stream, now - started_at, None, now)
 
 
 async def _echoed(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
