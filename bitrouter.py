@@ -10136,7 +10136,10 @@ class _Reader:
     def _mismatch(self, path: _KeyPath, wanted: str, raw: Json) -> None:
         # Below these two, a value in the wrong place may well be a key.
         secret = path[:1] in (("providers",), ("keys",)) or "extra_headers" in path
-        shown = _JSON_KINDS.get(type(raw), "another value") if secret else show_json(raw)
+        # No key is a number where none of text is wanted.
+        harmless = isinstance(raw, int | float) and "string" not in wanted
+        hidden = secret and not (harmless and "extra_headers" not in path)
+        shown = _JSON_KINDS.get(type(raw), "another value") if hidden else show_json(raw)
         self.problem(path, f"expected {wanted}, got {shown}")
 
 
@@ -10324,9 +10327,19 @@ def _settings(value: Any, at: str, origins: Mapping[str, str]) -> Iterator[Setti
         if isinstance(shown, Secret):
             shown = "(not set)"
         origin = origins.get(at, "default")
-        if ", from " in origin and not at.startswith(("server.", "upstream.")):
-            shown = f"[from {origin.partition(', from ')[2]}]"  # it may be a secret
+        secretive = isinstance(value, Secret) or not _MAY_HOLD_KEYS.isdisjoint(
+            re.split(r"[.\[]", at)
+        )
+        if ", from " in origin and secretive:
+            shown = f"[from {origin.partition(', from ')[2]}]"
         yield Setting(at, shown, origin)
+
+
+# Where people put keys that are no Secret of ours: in addresses and in what is sent as it is.
+_MAY_HOLD_KEYS = frozenset(
+    {"api_base", "protocol_endpoints", "params", "extra_body", "extra_headers"}
+    | {"system_prompt", "templates", "proxy"}
+)
 
 
 def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:

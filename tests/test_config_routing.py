@@ -1095,6 +1095,24 @@ def test_no_setting_shows_a_key() -> None:
     }
 
 
+def test_a_setting_from_a_variable_is_shown_unless_it_may_hold_a_key() -> None:
+    found = read(
+        "[providers.m]\napi_base = 'http://${HOST}/v1'\nclass = '${CLASS}'\n"
+        "[presets.p]\nmodel = 'openai/${MODEL}'\nparams = {a = '${SECRET}'}",
+        HOST=f"u:{HELD}@h", CLASS="gateway", MODEL="gpt-4o", SECRET=HELD,
+    )  # fmt: skip
+    shown = {one.key: one.value for one in bitrouter.settings_of(found)}
+    assert HELD not in repr(shown)
+    assert (shown["providers.m.class"], shown["presets.p.model"]) == ("gateway", "openai/gpt-4o")
+    assert shown["providers.m.api_base"] == "[from HOST]"
+
+
+def test_a_number_in_a_wrong_place_is_shown_unless_it_may_be_a_key() -> None:
+    found = read(OWN + "priority = 1.5\napi_key = 12345\nextra_headers = {a = 6789}")
+    assert "got 1.5" in found.problems[0]
+    assert "12345" not in repr(found.problems) and "6789" not in repr(found.problems)
+
+
 # The schema.
 
 SCHEMA = bitrouter.config_schema()
