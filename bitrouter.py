@@ -1504,6 +1504,7 @@ class Finished(NamedTuple):
         raw: the provider's own word for it.
         stop_sequence: the one that was hit, if the provider says.
         detail: more of it, for people.
+        goes_on: whether the model says more if it is asked to: StreamDecoder.resume.
     """
 
     finish: Finish
@@ -1511,6 +1512,7 @@ class Finished(NamedTuple):
     raw: str = ""
     stop_sequence: str | None = None
     detail: str = ""
+    goes_on: bool = False
 
 
 StreamPart: TypeAlias = Open | Delta | Cite | Close | Finished
@@ -5925,11 +5927,13 @@ def _messages_keep(said: list[JsonObject], event: JsonObject) -> None:
 def _messages_finished(facts: JsonObject) -> Finished:
     raw = str(facts.get("stop_reason") or "")
     sequence = facts.get("stop_sequence")
+    finish = _MESSAGES_MEANINGS.get(raw, Finish.STOP)
     return Finished(
-        _MESSAGES_MEANINGS.get(raw, Finish.STOP),
+        finish,
         raw=raw,
         stop_sequence=sequence if isinstance(sequence, str) else None,
         detail=str(dig(facts, "stop_details", "explanation") or ""),
+        goes_on=finish is Finish.PAUSE,
     )
 
 
@@ -6844,6 +6848,7 @@ class _GeminiDecoder:
         self._open: dict[int, tuple[str, int]] = {}  # choice -> what is open in it, and its key
         self._texts: dict[int, tuple[int, list[str]]] = {}  # choice -> its last text: key, words
         self._over: set[int] = set()
+        self._token = ""  # by which Gemini knows where to go on
 
     def feed(self, value: JsonObject) -> list[StreamPart]:
         if not self.model:
@@ -6862,7 +6867,8 @@ class _GeminiDecoder:
         return [part for choice in list(self._open) for part in self._close(choice)]
 
     def resume(self, body: JsonObject) -> JsonObject:
-        return body  # no model of this protocol pauses
+        self._over.discard(0)
+        return {**body, "continuationToken": self._token}
 
     def whole(self, value: JsonObject) -> list[StreamPart]:
         return [*self.feed(value), *self.finish()]
@@ -6883,7 +6889,16 @@ class _GeminiDecoder:
             self._over.add(choice)
             out += self._close(choice)
             detail = str(candidate.get("finishMessage") or "")
-            out.append(Finished(self._meaning(choice, reason), choice, reason, detail=detail))
+            meaning, goes_on = self._meaning(choice, reason), self._goes_on(choice, candidate)
+            out.append(Finished(meaning, choice, reason, detail=detail, goes_on=goes_on))
+
+    def _goes_on(self, choice: int, candidate: JsonObject) -> bool:
+        """wire: google-genai 3.6.1, types.py: the first candidate's token alone is good for it."""
+        token = candidate.get("continuationToken")
+        if choice or not isinstance(token, str) or candidate["finishReason"] != "CONTINUATION":
+            return False
+        self._token = token
+        return bool(token)
 
     def _meaning(self, choice: int, reason: str) -> Finish:
         if reason == "OTHER":
@@ -8598,7 +8613,7 @@ class Translation:
         return part
 
     def _finish_seen(self, part: Finished) -> None:
-        if part.finish is Finish.PAUSE and self._pauses_left:
+        if part.goes_on and self._pauses_left:
             self.paused = True
         else:
             self._finished.add(part.choice)

@@ -1763,6 +1763,43 @@ async def test_a_model_that_never_stops_pausing_is_asked_five_times_more(
     assert (told.text, told.finish) == ("aaaaaa", "length")
 
 
+def continues(text: str, token: str, *, streams: bool) -> Reply:
+    """Gemini has come to its limit for one request. wire: google-genai 3.6.1, types.Candidate"""
+    answer = answer_of("G", text, finish="CONTINUATION")
+    answer["candidates"][0]["continuationToken"] = token
+    return stream(gemini_event(answer)) if streams else Reply(body=answer)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("client", ["C", "R", "M"])
+async def test_a_continuation_of_gemini_s_is_gone_on_from_with_its_token(
+    hop: Any, client: str, streams: bool
+) -> None:
+    first, second = (continues("One ", token, streams=streams) for token in ("dDE=", "dDI="))
+    async with hop(client + "G", first, second, says("G", "two.", streams=streams)) as h:
+        told = await h.hear(streams=streams)
+        sent = [seen.json() for seen in h.up.seen]
+    assert told.text == "One One two." and told.finish in ("stop", "completed", "end_turn")
+    assert [one.pop("continuationToken", "") for one in sent] == ["", "dDE=", "dDI="]
+    assert sent[0] == sent[1] == sent[2]
+    if client != "C" or not streams:
+        assert told.used == (33, 21)
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("client", "word"), [("C", "length"), ("R", "max_output_tokens"), ("M", "max_tokens")]
+)
+async def test_a_continuation_without_end_or_token_is_a_length_stop(
+    hop: Any, client: str, word: str, streams: bool
+) -> None:
+    for token, times in (("dDE=", 6), ("", 1)):
+        async with hop(client + "G", continues("a", token, streams=streams)) as h:
+            told = await h.hear(streams=streams)
+            assert len(h.up.seen) == times
+        assert (told.text, told.finish) == ("a" * times, word)
+
+
 async def test_nobody_makes_up_a_stop_sequence_e99(hop: Any) -> None:
     for upstream in ("C", "G"):
         async with hop("M" + upstream, says(upstream, "hi")) as h:
