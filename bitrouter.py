@@ -11104,7 +11104,9 @@ class Wishes(NamedTuple):
     Attributes:
         sort: one of SORTS; "" for none.
         order: providers that go first, in this order.
+        allow_fallbacks: if not, those in `order` alone are asked; without one, the first alone.
         max_input, max_output: US dollars per million tokens.
+        first_alone: as without fallbacks and `order`, whatever `order` says.
     """
 
     sort: str = ""
@@ -11116,6 +11118,7 @@ class Wishes(NamedTuple):
     require_parameters: bool = False
     max_input: float | None = None
     max_output: float | None = None
+    first_alone: bool = False
 
 
 NO_WISHES = Wishes()
@@ -11226,6 +11229,11 @@ def narrowed(wide: Wishes, more: Wishes) -> Wishes:
     """Both sets of wishes at once: what one forbids, the other does not allow."""
     if more is NO_WISHES or wide is NO_WISHES:
         return wide if more is NO_WISHES else more
+    wide, more = _permitting(wide), _permitting(more)
+    fallbacks = wide.allow_fallbacks and more.allow_fallbacks
+    order = more.order or wide.order if fallbacks else (*more.order, *wide.order)
+    unordered = any(not (one.allow_fallbacks or one.order) for one in (wide, more))
+    first_alone = wide.first_alone or more.first_alone or (unordered and bool(order))
     only = tuple(name for name in more.only if name in wide.only)
     if bool(wide.only) is not bool(more.only):
         only = wide.only or more.only
@@ -11233,15 +11241,24 @@ def narrowed(wide: Wishes, more: Wishes) -> Wishes:
         only = ("",)  # nobody
     return Wishes(
         more.sort or wide.sort,
-        more.order or wide.order,
+        order,
         only,
         (*wide.ignore, *more.ignore),
         (*wide.tags, *more.tags),
-        wide.allow_fallbacks and more.allow_fallbacks,
+        fallbacks,
         wide.require_parameters or more.require_parameters,
         _least(wide.max_input, more.max_input),
         _least(wide.max_output, more.max_output),
+        first_alone,
     )
+
+
+def _permitting(wishes: Wishes) -> Wishes:
+    """Without fallbacks, an order is a permission, too: one that another order must not undo."""
+    if wishes.allow_fallbacks or not wishes.order:
+        return wishes
+    named = tuple(name for name in wishes.order if not wishes.only or name in wishes.only)
+    return wishes._replace(only=named or ("",))
 
 
 def _least(one: float | None, other: float | None) -> float | None:
@@ -12948,7 +12965,8 @@ def choose(
         chain += _in_order(leg, route, health, now, notes)
     if needs is not None:
         chain = _able(chain, needs, left_out)
-    if not route.wishes.allow_fallbacks and not route.wishes.order and chain:
+    wishes = route.wishes
+    if chain and (wishes.first_alone or not (wishes.allow_fallbacks or wishes.order)):
         alone = chain[0].provider, chain[0].model
         chain = [target for target in chain if (target.provider, target.model) == alone]
     return Chosen(health.order(tuple(chain), now, first), tuple(left_out), notes)

@@ -14,6 +14,8 @@ from bitrouter import (
     SORTS,
     BadRequest,
     BitrouterError,
+    Breaker,
+    Health,
     KeyMissing,
     Leg,
     Route,
@@ -22,6 +24,7 @@ from bitrouter import (
     Unset,
     Wishes,
     active_providers,
+    choose,
     narrowed,
     parse_config,
     wishes_in,
@@ -544,6 +547,40 @@ def test_two_lists_of_providers_with_nothing_in_common_leave_nobody() -> None:
     assert refusal(routed(), "m", nobody).code == "no_eligible_provider"
     still = narrowed(nobody, Wishes(only=("aa", "bb", "cc")))
     assert refusal(routed(), "m", still).code == "no_eligible_provider"
+
+
+LOCKED = """
+[presets.locked]
+model = "m"
+routing = {order = ["aa"], allow_fallbacks = false}
+[presets.single]
+model = "m"
+routing = {allow_fallbacks = false}
+"""
+
+
+@pytest.mark.parametrize(
+    ("preset", "asked", "who"),
+    [
+        ("@locked", {}, ["aa"]),
+        ("@locked", {"order": ["bb", "aa"]}, ["aa"]),
+        ("@locked", {"order": ["bb"]}, ["aa"]),
+        ("@locked", {"order": ["aa", "bb"], "allow_fallbacks": False}, ["aa"]),
+        ("@locked", {"order": ["bb"], "allow_fallbacks": False}, []),
+        ("@locked", {"only": ["bb"]}, []),
+        ("@single", {"order": ["bb", "aa"]}, ["bb"]),
+        ("@single", {"order": ["bb", "aa"], "allow_fallbacks": False}, ["bb"]),
+    ],
+)
+def test_a_request_cannot_widen_a_preset_that_forbids_fallbacks(
+    preset: str, asked: dict[str, Any], who: list[str]
+) -> None:
+    router, wishes = routed(FLEET + LOCKED), wishes_in(asked)
+    if not who:
+        assert refusal(router, preset, wishes).code == "no_eligible_provider"
+        return
+    chosen = choose(router.resolve(preset, CHAT_OP, wishes), None, Health(Breaker()), 0.0)
+    assert [target.provider for target in chosen.chain] == who
 
 
 # --- several models in one request
