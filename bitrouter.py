@@ -95,6 +95,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, 
 from contextlib import suppress
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
@@ -189,6 +190,12 @@ class BadHttp(BadRequest):
 
 class Unauthorized(BitrouterError):
     status, kind, code = 401, Kind.AUTH, "invalid_api_key"
+
+
+class NobodyWanted(BadRequest):
+    """All who could serve the request are ones that it, or the configuration, does not want."""
+
+    code = "no_eligible_provider"
 
 
 class KeyMissing(BitrouterError):
@@ -562,11 +569,16 @@ def _spliced(text: str, pointer: str, new: str | None, *, insert: bool) -> str:
     parts = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
     at = _skip(text, 0)
     for n, part in enumerate(parts):
+        above = "/".join(["", *parts[:n]])
+        if n and text.startswith("null", at):  # as good as absent
+            return text if new is None else text[:at] + _wrapped(parts[n:], new) + text[at + 4 :]
         if text[at] not in "{[":
-            above = "/".join(["", *parts[:n]])
             raise BadRequest(f"{pointer}: the body has no object or list at {above}")
         members = _members(text, at)
         found = [i for i, member in enumerate(members) if member.key == part]
+        if text[at] == "[" and new is not None and not found and part not in _ends(members):
+            said = f"{pointer}: {above} is a list of {len(members)}; expected `-` or an index"
+            raise BadRequest(f"{said} of at most {len(members)}, got {show_json(part)}")
         if len(found) > 1:
             raise BadRequest(f"{part}: this field is given twice", param=part)
         last = n == len(parts) - 1
@@ -577,10 +589,20 @@ def _spliced(text: str, pointer: str, new: str | None, *, insert: bool) -> str:
         elif new is None:
             return text
         else:
-            for inner in reversed(parts[n + 1 :]):
-                new = f"[{new}]" if inner == "-" else f"{{{_ASCII(inner)}:{new}}}"
-            return _added(text, at, members, part, new)
+            return _added(text, at, members, part, _wrapped(parts[n + 1 :], new))
     return text
+
+
+def _ends(members: list[_Member]) -> tuple[str, str]:
+    """What a pointer may call the place behind a list's last entry (RFC 6901, 4)."""
+    return "-", str(len(members))
+
+
+def _wrapped(parts: list[str], value: str) -> str:
+    """JSON text in which a value stands at a pointer, and nothing else."""
+    for part in reversed(parts):
+        value = f"[{value}]" if part == "-" else f"{{{_ASCII(part)}:{value}}}"
+    return value
 
 
 def _put(text: str, at: int, members: list[_Member], n: int, new: str | None) -> str:
@@ -9667,7 +9689,8 @@ class DeclaredModel(Shaping):
 # In what order providers of a kind are asked for a model, unless `provider_priority` or a
 # provider's own `priority` says otherwise.
 CLASSES = ("first-party-api", "third-party-api", "local", "gateway", "bitrouter-cloud")
-_SUBSCRIPTION = "subscription"  # used only where it is named
+# Used only where it is named: by the model id, by `only`, or as who declares the model.
+_SUBSCRIPTION = "subscription"
 
 
 @dataclass(slots=True)
@@ -10575,6 +10598,8 @@ class _Checker:
 
     def _model_id(self, model: str, at: _KeyPath) -> None:
         """Whether a model id may lead somewhere: any provider may serve what we do not know."""
+        if self._is_known(model):
+            return
         base = model
         place, separator, _ = split_place(model)
         if separator == ":" and place not in self._providers:
@@ -10583,8 +10608,7 @@ class _Checker:
         if base.startswith("@"):
             self._problem(at, "expected a model, not a preset")
             return
-        known = base in self._config.models or base in self._declared or base == ECHO_MODEL
-        if known or find_model(base) or family_of(base.lower()):
+        if self._is_known(base):
             return
         if separator:
             near = near_misses(place, self._providers, 1, _SLIP)
@@ -10594,6 +10618,11 @@ class _Checker:
         near = near_misses(base, [*self._config.models, *self._declared, *catalogue()], 1)
         hint = f"did you mean {near[0]}?" if near else "`bitrouter models --all` lists them"
         self._problem(at, f"nobody serves a model {show_json(base)}; {hint}")
+
+    def _is_known(self, model: str) -> bool:
+        ours = model in self._config.models or model in self._declared or model == ECHO_MODEL
+        family = family_of(model.lower().removeprefix("ft:"))
+        return ours or bool(find_model(model) or family)
 
     def _provider(self, name: str, at: _KeyPath) -> None:
         if name not in self._providers:
@@ -10870,12 +10899,32 @@ def active_providers(
         if ident in broken:  # with a part of it missing, its key might go to the wrong place
             warnings.append(f"{ident} is off: {broken[ident]}")
             continue
-        found = _activate(facts, given, config, environ, warnings)
+        found = _activate(facts, _with_what_it_derives(given, own), config, environ, warnings)
+        if found and given:
+            found = found._replace(given=given)
         if found is None and ident in lacking:
             warnings.append(f"{ident} is off: {lacking[ident]}")
         if found:
             active[ident] = found
     return active, warnings
+
+
+def _with_what_it_derives(
+    given: ProviderConfig | None, own: Mapping[str, ProviderConfig]
+) -> ProviderConfig | None:
+    """A provider of the file with the models and the protocols of the one that it derives from,
+    where it has none of its own."""
+    above = given
+    for _ in own:
+        above = own.get(provider_id(above.derives)) if above and above.derives else None
+        if given is None or above is None:
+            break
+        given = replace(
+            given,
+            models=given.models or above.models,
+            api_protocol=given.api_protocol if given.api_protocol.rules else above.api_protocol,
+        )
+    return given
 
 
 def _unknown_provider(ident: str, own: Mapping[str, ProviderConfig]) -> Provider:
@@ -11120,6 +11169,11 @@ class Wishes(NamedTuple):
     max_output: float | None = None
     first_alone: bool = False
 
+    @property
+    def for_one(self) -> bool:
+        """Whether only the first who can serve the request may be asked."""
+        return self.first_alone or not (self.allow_fallbacks or self.order)
+
 
 NO_WISHES = Wishes()
 
@@ -11163,14 +11217,14 @@ def wishes_in(provider: JsonObject) -> Wishes:
     if extra:
         where = f"provider.max_price.{printable(extra[0], 64)}"
         raise BadRequest(f"{where}: expected input (or prompt) and output", param=where)
-    tags = provider.get("require_tags", provider.get("tags"))
+    told = "tags" if provider.get("require_tags") is None else "require_tags"
     fallbacks = _option(provider, "allow_fallbacks", bool)
     return Wishes(
         sort or "",
         _named_providers(provider, "order"),
         _named_providers(provider, "only"),
         _named_providers(provider, "ignore"),
-        _bounded_names(tags, "provider.tags"),
+        _bounded_names(provider.get(told), f"provider.{told}"),
         fallbacks is not False,
         _option(provider, "require_parameters", bool) is True,
         _price_in(price, "input", "prompt"),
@@ -11269,7 +11323,7 @@ class Shape(NamedTuple):
     """What is made of a request on its way to a target.
 
     Attributes:
-        params: fields that it gets where it lacks them.
+        params: fields that it gets where it lacks them; the nearest one's first.
         templates: what is filled in with the arguments that it sends.
         structured: `tool` for answers that follow a schema by way of a tool.
         edits: changes of the body that goes out.
@@ -11312,6 +11366,7 @@ class Target:
         retry: of this target, where it differs.
         preset: the name of the preset by which it was come to.
         virtual, endpoint: the names of the virtual model and of the endpoint in it.
+        exacting: it is not to be asked for less than the whole request says.
         key: what health is kept by.
     """
 
@@ -11344,6 +11399,7 @@ class Target:
     preset: str = ""
     virtual: str = ""
     endpoint: str = ""
+    exacting: bool = False
 
     @property
     def traits(self) -> Traits:
@@ -11389,6 +11445,7 @@ class Leg(NamedTuple):
         order: `declared`, `balance`, or one of SORTS.
         weight: its share among the legs of which one is drawn; 0 for one that has its place.
         group: which entry of a request's `models` it comes of.
+        wishes: what was asked of the choice among them: by the request, preset and variant.
     """
 
     model: str
@@ -11397,6 +11454,7 @@ class Leg(NamedTuple):
     order: str = "balanced"
     weight: float = 0.0
     group: int = 0
+    wishes: Wishes = NO_WISHES
 
 
 class Route(NamedTuple):
@@ -11407,7 +11465,7 @@ class Route(NamedTuple):
         reasons: why each is among them.
         left_out: who else was considered, and why not.
         legs: the same targets, by model.
-        wishes: what was asked of the choice.
+        wishes: what the request asked of the choice among all of them.
         fixed: nothing is left to choose but what health says.
         picky: some of the targets may not be able to do what a request needs.
     """
@@ -11439,22 +11497,32 @@ class Listed(NamedTuple):
 
 
 class _Named(NamedTuple):
-    """A model id, taken apart."""
+    """A model id, taken apart.
+
+    Attributes:
+        asked: the request's own wishes, with those of the variant that it names; `wishes` are the
+            preset's, too.
+    """
 
     base: str
+    wishes: Wishes
+    asked: Wishes
     preset: Preset | None = None
     preset_name: str = ""
-    wishes: Wishes = NO_WISHES
 
 
 class _Way(NamedTuple):
-    """One way in which a preset may be served: a leg before its targets are known."""
+    """One way in which a preset may be served: a leg before its targets are known.
+
+    Attributes:
+        shapes: the presets whose fields it gets, the nearest one first.
+        preset: the name of that one.
+    """
 
     base: str
     wishes: Wishes
     shapes: tuple[Preset, ...]
-    names: tuple[str, ...]  # of the presets
-    weight: float = 0.0
+    preset: str
 
 
 class Router:
@@ -11463,7 +11531,9 @@ class Router:
     def __init__(self, config: Config, active: Mapping[str, ActiveProvider]) -> None:
         self.config = config
         self.active = dict(active)
-        self._known_providers = frozenset({*PROVIDERS, *active, *config.providers, "echo", ""})
+        given = {provider_id(name) for name in config.providers}
+        self._places = frozenset({*PROVIDERS, *active, *given})  # what may stand before a model
+        self._known_providers = frozenset({*self._places, *config.providers, "echo", ""})
         self._remembered: dict[Any, Route | BitrouterError] = {}
         self._listing: list[Listed] | None = None
         self._own: dict[str, dict[str, DeclaredModel]] = {}  # provider -> its ids -> what it says
@@ -11473,7 +11543,8 @@ class Router:
             for declared in provider.models:
                 own.setdefault(declared.provider_model_id or declared.id, declared)
                 own[declared.id] = declared
-                self._by_id.setdefault(declared.id, []).append((ident, declared))
+                if provider.given.models or provider.found or self._shares(ident):
+                    self._by_id.setdefault(declared.id, []).append((ident, declared))
         ranks = [
             *config.provider_priority,
             *(c for c in CLASSES if c not in config.provider_priority),
@@ -11488,10 +11559,15 @@ class Router:
         # Who shares the models of a provider of the registry, itself among them.
         self._alike: dict[str, list[str]] = {}
         for ident, provider in self.active.items():
-            # One that only derives from another is asked by its own name, unless it has a rank.
-            ranked = provider.given.priority is not None or provider.given.class_
-            if provider.like == ident or ranked:
+            if self._shares(ident):
                 self._alike.setdefault(provider.like, []).append(ident)
+
+    def _shares(self, ident: str) -> bool:
+        """Whether a provider is asked for the models of the one that it derives from: only by its
+        own name, unless it has a rank."""
+        provider = self.active[ident]
+        ranked = provider.given.priority is not None or bool(provider.given.class_)
+        return provider.like == ident or ranked
 
     def resolve(
         self, model: str | tuple[str, ...], op: Operation, wishes: Wishes = NO_WISHES
@@ -11529,16 +11605,18 @@ class Router:
             for leg in legs
             for target, reason in zip(leg.targets, leg.reasons, strict=True)
         ]
-        orders = {leg.order for leg in legs}
-        drawn = any(leg.weight for leg in legs)
+        chosen_anew = any(
+            leg.weight or leg.wishes.for_one or leg.order not in ("declared", "balanced")
+            for leg in legs
+        )
         return Route(
             asked,
             tuple(target for target, _ in placed),
             tuple(reason for _, reason in placed),
             tuple(dict.fromkeys(left_out)),
             tuple(legs),
-            wishes if len(legs) != 1 else self._named(legs[0].model, wishes).wishes,
-            fixed=len(placed) == 1 or (orders <= {"declared", "balanced"} and not drawn),
+            wishes,
+            fixed=len(placed) == 1 or not (chosen_anew or wishes.for_one),
             picky=_differ([target for target, _ in placed]),
         )
 
@@ -11552,13 +11630,12 @@ class Router:
             try:
                 found = self._legs(model, op, wishes, left_out)
                 legs += [leg._replace(group=i) for leg in found]
-            except (KeyMissing, ProtocolUnsupported) as error:
+            except (KeyMissing, ProtocolUnsupported, Unset, NobodyWanted) as error:
                 left_out.append(f"{printable(model)}: {error.message}")
                 first = first or error
-            except NotFound as error:
-                raise BadRequest(
-                    f"models[{i}]: {error.message}", code=error.code, param=f"models[{i}]"
-                ) from None
+            except (NotFound, BadRequest) as error:
+                said = f"models[{i}]: {error.message.removeprefix('model: ')}"
+                raise BadRequest(said, code=error.code, param=f"models[{i}]") from None
         if not legs:
             raise first or BadRequest("models: expected a model id", param="models")
         return legs
@@ -11567,7 +11644,7 @@ class Router:
         """A model id taken apart. Raises BadRequest for a preset that is not there."""
         if not model.startswith("@"):
             base, wishes = self._without_variant(model, wishes)
-            return _Named(base, wishes=wishes)
+            return _Named(base, wishes, wishes)
         found = re.match(r"@([^/:]*)(?:/(.+?))?(?::([^:/]+))?$", model, re.DOTALL)
         name, base, variant = found.groups("") if found else (model[1:], "", "")
         preset = self.config.presets.get(name)
@@ -11584,11 +11661,8 @@ class Router:
             said = f"model: there is no preset @{printable(name, 64)}; {hint}"
             raise BadRequest(said, code="preset_not_found", param="model")
         self._check_whole("presets", name)
-        wishes = narrowed(wishes_of(preset.routing), wishes)
-        if base and variant:
-            base = f"{base}:{variant}"
         if base:
-            base, wishes = self._without_variant(base, wishes)
+            base, wishes = self._without_variant(f"{base}:{variant}" if variant else base, wishes)
         elif variant:
             ranked = self._variant(variant)
             if ranked is None:
@@ -11596,7 +11670,7 @@ class Router:
                 said = f"model: there is no variant :{printable(variant, 64)}; known are {known}"
                 raise BadRequest(said, code="variant_not_found", param="model")
             wishes = narrowed(wishes, ranked)
-        return _Named(base, preset, name, wishes)
+        return _Named(base, narrowed(wishes_of(preset.routing), wishes), wishes, preset, name)
 
     def _without_variant(self, model: str, wishes: Wishes) -> tuple[str, Wishes]:
         """A model id without the suffix that is a variant; any other suffix belongs to it."""
@@ -11650,59 +11724,64 @@ class Router:
         raise BadRequest(said, param=f"provider.{key}")
 
     def _legs(self, model: str, op: Operation, wishes: Wishes, left_out: list[str]) -> list[Leg]:
-        named, asked = self._named(model, wishes), wishes
-        preset, wishes = named.preset, named.wishes
+        named = self._named(model, wishes)
+        preset, name = named.preset, named.preset_name
         if preset is None:
-            return [self._leg(named.base, op, wishes, (), left_out)._replace(model=model)]
-        legs: list[_Way] = []
-        names = (named.preset_name,)
-        if named.base or preset.model:
-            base = named.base
-            if not base:
-                base, wishes = self._without_variant(preset.model, wishes)
-            legs.append(_Way(base, wishes, (preset,), names))
+            return [self._leg(named.base, op, named.wishes, (), left_out)._replace(model=model)]
+        routing = wishes_of(preset.routing)
+        ways: list[tuple[Callable[[], _Way], float]] = []
+        if named.base:
+            ways.append((partial(_Way, named.base, named.wishes, (preset,), name), 0.0))
+        elif preset.model:
+            own = Candidate(model=preset.model)
+            ways.append((partial(self._candidate, own, preset, name, routing, named.asked), 0.0))
         elif preset.candidates:
-            legs += [self._candidate(one, preset, names, wishes) for one in preset.candidates]
+            for one in preset.candidates:
+                found = partial(self._candidate, one, preset, name, routing, named.asked)
+                ways.append((found, max(one.weight, 1e-9)))
         else:
-            said = f"model: @{named.preset_name} has no model of its own; "
-            said += f"ask for @{named.preset_name}/PROVIDER/MODEL"
+            said = f"model: @{name} has no model of its own; ask for @{name}/PROVIDER/MODEL"
             raise BadRequest(said, code="preset_without_model", param="model")
         for fallback in preset.fallbacks:
             inner = fallback[1:] if fallback.startswith("@") else ""
-            candidate = Candidate(preset=inner) if inner else Candidate(model=fallback)
-            found = self._candidate(candidate, preset, names, asked)
-            legs.append(found._replace(weight=0.0))
-        return self._usable(legs, op, model, left_out)
+            one = Candidate(preset=inner) if inner else Candidate(model=fallback)
+            found = partial(self._candidate, one, preset, name, NO_WISHES, named.asked)
+            ways.append((found, 0.0))
+        return self._usable(ways, op, model, left_out)
 
     def _candidate(
-        self, one: Candidate, preset: Preset, names: tuple[str, ...], wishes: Wishes
+        self, one: Candidate, preset: Preset, name: str, routing: Wishes, asked: Wishes
     ) -> _Way:
+        """Raises Unset for a preset or a variant that lacks something."""
         inner = self.config.presets.get(one.preset)
         shapes = (inner, preset) if inner else (preset,)
-        model = inner.model if inner else one.model
         if inner:
             self._check_whole("presets", one.preset)
-            wishes = narrowed(wishes_of(inner.routing), wishes)
-            names = (*names, one.preset)
-        base, wishes = self._without_variant(model, wishes)
-        return _Way(base, wishes, shapes, names, max(one.weight, 1e-9))
+            routing = narrowed(wishes_of(inner.routing), routing)
+        base, routing = self._without_variant(inner.model if inner else one.model, routing)
+        return _Way(base, narrowed(routing, asked), shapes, one.preset or name)
 
     def _usable(
-        self, legs: list[_Way], op: Operation, asked: str, left_out: list[str]
+        self,
+        ways: list[tuple[Callable[[], _Way], float]],
+        op: Operation,
+        asked: str,
+        left_out: list[str],
     ) -> list[Leg]:
         """The legs of a preset that lead somewhere; an error if none does."""
         found: list[Leg] = []
         first: BitrouterError | None = None
-        for way in legs:
+        for make, weight in ways:
             try:
+                way = make()
                 leg = self._leg(way.base, op, way.wishes, way.shapes, left_out)
             except BitrouterError as error:
-                left_out.append(f"{printable(way.base)}: {error.message}")
+                left_out.append(f"{asked}: {error.message}")
                 first = first or error
                 continue
             for target in leg.targets:
-                target.preset = way.names[-1]
-            found.append(leg._replace(model=asked, weight=way.weight))
+                target.preset = way.preset
+            found.append(leg._replace(model=asked, weight=weight))
         if not found and first:
             raise first
         return found
@@ -11723,6 +11802,10 @@ class Router:
         reasons: list[str] = []
         unwanted: list[str] = []
         for place in self._ranked(model, wishes):
+            if place.provider == "echo":
+                targets += self._echo_route(op).chain
+                reasons.append(place.reason)
+                continue
             provider = self.active.get(place.provider)
             if provider is None:
                 left_out.append(f"{place.provider}: {self._why_off(place.provider)}")
@@ -11732,13 +11815,16 @@ class Router:
                 left_out.append(f"{place.provider}: {_what_it_speaks(provider)}")
                 continue
             price = self._price(provider, place.model)
+            if place.whose and place.whose[0].pricing.input is not None:
+                price = _declared_price(place.whose[0].pricing)
             why_not = _unwanted(provider, price, wishes)
             if why_not:
                 unwanted.append(f"{place.provider}: {why_not}")
                 continue
             here = self._targets(provider, place, protocol, price, shapes)
-            if place.whose:
-                for target in here:
+            for target in here:
+                target.exacting = wishes.require_parameters
+                if place.whose:
                     target.virtual, target.endpoint = model, place.whose[1].name
             targets += here
             reasons += [place.reason] * len(here)
@@ -11746,14 +11832,12 @@ class Router:
         if not targets:
             if unwanted:
                 said = f"{printable(model)}: no provider is left that is wanted: "
-                raise BadRequest(
-                    said + "; ".join(unwanted), code="no_eligible_provider", param="provider"
-                )
+                raise NobodyWanted(said + "; ".join(unwanted), param="provider")
             raise self._why_nobody(model, op)
         virtual = self.config.models.get(model)
         strategy = virtual.strategy if virtual else "cascade"
         order = {"priority": "declared", "balance": "balance"}.get(strategy, wishes.sort)
-        return Leg(model, tuple(targets), tuple(reasons), order or "balanced")
+        return Leg(model, tuple(targets), tuple(reasons), order or "balanced", wishes=wishes)
 
     def _ranked(self, model: str, wishes: Wishes) -> Iterable[_Place]:
         """Who may serve a model, configured or not, as ranks and the request's `order` have it."""
@@ -11803,6 +11887,11 @@ class Router:
         classes = {"api": "third-party-api", "local": "local", "gateway": "gateway"}
         return self._ranks.get(classes.get(kind, ""), len(self._ranks))
 
+    def _is_subscription(self, ident: str) -> bool:
+        provider = self.active.get(ident)
+        known = provider.facts if provider else PROVIDERS.get(ident)
+        return known is not None and known.kind == "plan"
+
     def _by_name(self, model: str, wishes: Wishes) -> Iterator[_Place]:
         declared = list(self._declared(model, found=False))
         yield from declared
@@ -11815,11 +11904,11 @@ class Router:
         place, separator, rest = split_place(model)
         ident = provider_id(place)
         facts = find_model(model)
-        if separator and (ident in PROVIDERS or ident in self.active):
+        if separator and ident in self._places:
             if separator == ":" or ident not in _LAB_OF:
                 yield _Place(ident, self._declared_id(ident, rest), "named in the model id")
             else:
-                yield from self._of_lab(ident, rest, wishes)
+                yield from self._of_lab(ident, rest, wishes, named=ident)
         elif facts:
             lab, _, bare = facts.id.partition("/")
             own = next((p for p, name in _LAB_OF.items() if name == lab), "")
@@ -11829,16 +11918,17 @@ class Router:
             else:
                 yield from self._carriers(facts, "", wishes)
         elif separator == "/":
-            yield from self._takers(model)
+            yield from self._takers(model, wishes)
         elif not declared and not list(self._declared(model, found=True)):
             bare = model.lower().removeprefix("ft:")  # OpenAI's fine-tuned models
             family = family_of(bare)
             if family:
                 yield from self._of_lab(family, model, wishes)
 
-    def _takers(self, model: str) -> Iterator[_Place]:
+    def _takers(self, model: str, wishes: Wishes) -> Iterator[_Place]:
         for other in _OPEN_GATEWAYS:
-            yield _Place(other, model, _TAKES_ANY, self._rank_of(other, own=False))
+            if not self._is_subscription(other) or other in wishes.only:
+                yield _Place(other, model, _TAKES_ANY, self._rank_of(other, own=False))
 
     def _declared(self, model: str, *, found: bool) -> Iterator[_Place]:
         """Providers whose own list of models, in the file or found, has this very id."""
@@ -11849,17 +11939,19 @@ class Router:
                 rank = len(self._ranks) + 1 if found else self._ranks.get(class_, 0)
                 yield _Place(ident, own, "declares the model", rank)
 
-    def _of_lab(self, ident: str, model: str, wishes: Wishes) -> Iterator[_Place]:
-        """The lab's own provider first, then everybody else who carries the model."""
+    def _of_lab(self, ident: str, model: str, wishes: Wishes, named: str = "") -> Iterator[_Place]:
+        """The lab's own provider first, then everybody else who carries the model. A subscription
+        is asked only where it is named."""
         lab = _LAB_OF[ident]
         facts = find_model(f"{lab}/{model}")
         rank = self._rank_of(ident, own=True)
         for alike in sorted({ident, *self._alike.get(ident, ())}, key=lambda one: one != ident):
-            own = self._own_id(alike, model)
-            yield _Place(alike, own, "the model's own provider", rank)
+            if not self._is_subscription(alike) or alike in (named, *wishes.only):
+                own = self._own_id(alike, model)
+                yield _Place(alike, own, "the model's own provider", rank)
         if facts:
             yield from self._carriers(facts, ident, wishes)
-        yield from self._takers(facts.id if facts else f"{lab}/{model}")
+        yield from self._takers(facts.id if facts else f"{lab}/{model}", wishes)
 
     def _carriers(self, facts: Model, own: str, wishes: Wishes) -> Iterator[_Place]:
         def rank(ident: str) -> tuple[int, str]:
@@ -11868,8 +11960,7 @@ class Router:
         others = [ident for ident in facts.carried if ident in PROVIDERS and ident != own]
         for ident in sorted(others, key=rank):
             for alike in sorted({ident, *self._alike.get(ident, ())}):
-                # A subscription is nobody's second choice.
-                if PROVIDERS[ident].kind != "plan" or alike in wishes.only:
+                if not self._is_subscription(alike) or alike in wishes.only:
                     known = facts.carried[ident][0]
                     at = self._rank_of(alike, own=False)
                     yield _Place(alike, known, "carries the model", at)
@@ -11916,9 +12007,7 @@ class Router:
         headers, timeouts, shape = _shaping(provider, tuple(one for one in whole if one))
         if declared and declared.reasoning_effort.default:
             effort = {"reasoning_effort": declared.reasoning_effort.default}
-            shape = shape._replace(params={**effort, **shape.params})
-        if isinstance(virtual, VirtualModel) and virtual.pricing.input is not None:
-            price = _declared_price(virtual.pricing)
+            shape = shape._replace(params={**shape.params, **effort, **shape.params})
         like = provider.like
         known = find_model(f"{_LAB_OF[like]}/{place.model}" if like in _LAB_OF else place.model)
         told = declared or DeclaredModel("")
@@ -12067,7 +12156,9 @@ class Router:
         for ident, provider in self.active.items():
             for declared in provider.models:
                 before = listed.get(declared.id)
+                place = provider_id(split_place(declared.id)[0])
                 also = (*(before.providers if before else ()), ident)
+                also += (place,) if place in self.active and place not in also else ()
                 facts = find_model(declared.id) if not declared.capabilities else None
                 listed[declared.id] = Listed(
                     declared.id,
@@ -12177,7 +12268,7 @@ def _shape_of(order: tuple[Shaping, ...]) -> Shape:
     """Several shapings at once: of fields the first one's count, of edits the last one's."""
     params: dict[str, Json] = {}
     for one in order:
-        params = {**one.params, **params}
+        params |= {name: value for name, value in one.params.items() if name not in params}
     presets = [one for one in order if isinstance(one, Preset) and one.system_prompt]
     system = presets[0] if presets else None
     shape = Shape(
@@ -12325,7 +12416,7 @@ class Health:
         self.meter = Meter()
         self._records: dict[tuple[str, str, str], _Record] = {}
         self._turns: dict[tuple[str, str], int] = {}  # whose account comes first, by model
-        self._shares: dict[tuple[str, ...], list[float]] = {}  # how far each is behind its share
+        self._shares: dict[str, dict[str, float]] = {}  # how far each is behind its share
         self._room: dict[tuple[str, str, str], list[_Room]] = {}  # by what the vendors say
 
     def order(
@@ -12347,22 +12438,21 @@ class Health:
         waits = [(self.cooling_s(t, now), self.is_near_limit(t, now)) for t in chain]
         return tuple(t for _, t in sorted(zip(waits, chain, strict=True), key=lambda pair: pair[0]))
 
-    def share(self, name: tuple[str, ...], weights: tuple[float, ...]) -> list[int]:
+    def share(self, model: str, weights: Mapping[str, float]) -> list[str]:
         """Whose turn it is, by weight, and then the others: out of any stretch of requests each
-        gets its share, evenly spread (nginx's smooth weighted round robin)."""
-        behind = self._shares.get(name)
-        if behind is None or len(behind) != len(weights):
-            if len(self._shares) > _MAX_HEALTH:
-                self._shares.clear()
-            behind = self._shares[name] = [0.0] * len(weights)
-        for i, weight in enumerate(weights):
-            behind[i] += weight
-        best = max(range(len(weights)), key=lambda i: (weights[i] > 0, behind[i]))
-        behind[best] -= sum(weights)
-        return [
-            best,
-            *sorted((i for i in range(len(weights)) if i != best), key=lambda i: -weights[i]),
-        ]
+        gets its share, evenly spread (nginx's smooth weighted round robin). Where a request leaves
+        some out, the turn is the others', and the next request goes on from there."""
+        if len(self._shares) > _MAX_HEALTH:
+            self._shares.clear()
+        behind = self._shares.setdefault(model, {})
+        total = sum(weights.values()) or 1.0
+        for name, weight in weights.items():
+            behind[name] = behind.get(name, 0.0) + weight / total
+        # Equals are equal but for the last bits of thirds and sevenths.
+        best = max(weights, key=lambda name: (weights[name] > 0, round(behind[name], 9)))
+        behind[best] -= 1.0
+        others = (name for name in weights if name != best)
+        return [best, *sorted(others, key=lambda name: -weights[name])]
 
     def saw(self, target: Target, headers: Headers, now: float, wall_s: float) -> None:
         """Note what a vendor's answer says of its limits."""
@@ -12785,6 +12875,7 @@ _MEDIA_TYPES = {
     "image_url": "image_input", "input_image": "image_input", "image": "image_input",
     "input_audio": "audio_input", "video_url": "video_input", "input_video": "video_input",
     "file": "file_input", "input_file": "file_input", "document": "file_input",
+    "computer_screenshot": "image_input", "image_generation_call": "",
 }  # fmt: skip
 _MAX_WALK = 200_000  # values looked at; what comes after them counts as nothing
 
@@ -12792,33 +12883,11 @@ _MAX_WALK = 200_000  # values looked at; what comes after them counts as nothing
 def needs_of(body: JsonObject) -> Needs:
     """What a request in any of the protocols needs."""
     able: set[str] = set()
-    chars = 0
-    waiting: list[Json] = [
-        body.get(key)
-        for key in ("messages", "input", "contents", "system", "instructions", "tools",
-                    "systemInstruction", "system_instruction")
-    ]  # fmt: skip
-    for _ in range(_MAX_WALK):
-        if not waiting:
-            break
-        value = waiting.pop()
-        if isinstance(value, str):
-            chars += len(value)
-        elif isinstance(value, list):
-            waiting += value
-        elif isinstance(value, dict):
-            kind = _MEDIA_TYPES.get(value["type"]) if isinstance(value.get("type"), str) else None
-            mime = "" if _BLOB_NAMES.isdisjoint(value) else _mime_of(value)
-            if kind or mime:
-                able.add(kind or _MEDIA_KINDS.get(mime.partition("/")[0], "file_input"))
-                chars += 4 * _TOKENS_OF_MEDIA
-                continue
-            for name, inner in value.items():
-                if name in _FREE and not isinstance(inner, str):
-                    chars += len(repr(inner))  # what it holds has names of its own
-                else:
-                    waiting.append(inner)
+    chars = _walked(body, able)
     settings = as_object(body.get("generationConfig", body.get("generation_config")))
+    for one in (*as_list(body.get("modalities")), *as_list(settings.get("responseModalities"))):
+        if str(one).lower() in ("audio", "image"):
+            able.add(f"{one}_output".lower())
     if body.get("tools") or body.get("functions"):
         able.add("tools")
     formats = (
@@ -12837,6 +12906,42 @@ def needs_of(body: JsonObject) -> Needs:
     return Needs(frozenset(able), effort, chars // 4)
 
 
+def _walked(body: JsonObject, able: set[str]) -> int:
+    """The characters of a prompt, and what stands for its media; what its media ask of a model
+    is added to `able`."""
+    chars = 0
+    waiting: list[Json] = [
+        body.get(key)
+        for key in ("messages", "input", "contents", "system", "instructions", "tools",
+                    "systemInstruction", "system_instruction")
+    ]  # fmt: skip
+    for _ in range(_MAX_WALK):
+        if not waiting:
+            break
+        value = waiting.pop()
+        if isinstance(value, str):
+            chars += len(value)
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            kind = _MEDIA_TYPES.get(value["type"]) if isinstance(value.get("type"), str) else None
+            mime = "" if _BLOB_NAMES.isdisjoint(value) else _mime_of(value)
+            if kind is not None or mime:
+                if kind != "":
+                    able.add(kind or _MEDIA_KINDS.get(mime.partition("/")[0], "file_input"))
+                chars += 4 * _TOKENS_OF_MEDIA
+                continue
+            for name, inner in value.items():
+                if name in _SEALED:
+                    continue
+                if name in _FREE and not isinstance(inner, str):
+                    chars += len(repr(inner))  # what it holds has names of its own
+                else:
+                    waiting.append(inner)
+    return chars
+
+
+_SEALED = frozenset(("encrypted_content", "signature", "thoughtSignature", "thought_signature"))
 _BLOB_NAMES = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
 _FREE = frozenset((
     "input", "args", "arguments", "parameters", "input_schema", "parametersJsonSchema", "response",
@@ -12900,6 +13005,7 @@ def session_of(headers: Headers, body: JsonObject, caller: str) -> Session:
 
 
 _RECENT = 64  # turns in which the last answer must be
+_CHANGING = {"cache_control", "type", "role", "id", "status"}  # what a turn later is not the same
 _BEGINNING = 32  # texts that tell conversations apart, and as many characters of each:
 _BEGINNING_CHARS = 2048
 
@@ -12910,8 +13016,8 @@ def _beginning(values: list[Json]) -> Iterator[str]:
     for _ in range(_BEGINNING):
         while waiting and not isinstance(waiting[-1], str):
             value = waiting.pop()
-            inner = value if isinstance(value, list) else as_object(value).values()
-            waiting += list(inner)[:_BEGINNING][::-1]
+            inner = [v for k, v in as_object(value).items() if k not in _CHANGING]
+            waiting += (value if isinstance(value, list) else inner)[:_BEGINNING][::-1]
         if not waiting:
             return
         yield waiting.pop()[:_BEGINNING_CHARS]
@@ -12956,20 +13062,32 @@ def choose(
         draw: a number from [0, 1), the same one for the same conversation.
         first: the target at which the conversation is, by its key.
     """
-    if route.fixed and not route.picky and route.wishes.allow_fallbacks:
+    if route.fixed and not route.picky:
         return Chosen(health.order(route.chain, now, first))
     left_out: list[str] = []
     notes: dict[tuple[str, str, str], str] = {}
-    chain: list[Target] = []
-    for leg in _drawn(route.legs, draw):
-        chain += _in_order(leg, route, health, now, notes)
+    legs = [
+        (leg, target)
+        for leg in _drawn(route.legs, draw)
+        for target in _in_order(leg, health, now, notes)
+    ]
     if needs is not None:
-        chain = _able(chain, needs, left_out)
-    wishes = route.wishes
-    if chain and (wishes.first_alone or not (wishes.allow_fallbacks or wishes.order)):
-        alone = chain[0].provider, chain[0].model
-        chain = [target for target in chain if (target.provider, target.model) == alone]
-    return Chosen(health.order(tuple(chain), now, first), tuple(left_out), notes)
+        able = _able([target for _, target in legs], needs, left_out)
+        legs = [(leg, target) for leg, target in legs if target in able]
+    chain = tuple(_permitted(legs, route.wishes))
+    return Chosen(health.order(chain, now, first), tuple(left_out), notes)
+
+
+def _permitted(legs: list[tuple[Leg, Target]], wishes: Wishes) -> Iterator[Target]:
+    """Targets in order, without those that only a fallback would lead to where none is allowed:
+    neither within a leg, nor among candidates, nor in the whole of a request."""
+    firsts: dict[int, tuple[Leg, Target]] = {}
+    for leg, target in legs:
+        among = -1 if wishes.for_one else leg.group if leg.weight else id(leg)
+        first_leg, first = firsts.setdefault(among, (leg, target))
+        alike = (first.provider, first.model) == (target.provider, target.model)
+        if not (wishes.for_one or leg.wishes.for_one) or (alike and first_leg is leg):
+            yield target
 
 
 def _drawn(legs: tuple[Leg, ...], draw: Callable[[], float]) -> list[Leg]:
@@ -12993,24 +13111,20 @@ def _drawn(legs: tuple[Leg, ...], draw: Callable[[], float]) -> list[Leg]:
 
 
 def _in_order(
-    leg: Leg,
-    route: Route,
-    health: Health,
-    now: float,
-    notes: dict[tuple[str, str, str], str],
+    leg: Leg, health: Health, now: float, notes: dict[tuple[str, str, str], str]
 ) -> list[Target]:
     targets = list(leg.targets)
     if len(targets) < 2 or leg.order in ("declared", "balanced"):
         return targets
     if leg.order == "balance":
         return _balanced(leg, health)
-    listed = {name: n for n, name in enumerate(route.wishes.order)}
+    listed = {name: n for n, name in enumerate(leg.wishes.order)}
     speeds = {target.key: health.meter.speed(target, now) for target in targets}
 
     def rank(target: Target) -> tuple[Any, ...]:
         speed = speeds[target.key]
         place = listed.get(target.provider, len(listed))
-        return place, *_RANKED[leg.order](target, speed), target.provider, target.account
+        return place, *_RANKED[leg.order](target, speed)  # equals stay in the configuration's order
 
     for target in targets:
         notes[target.key] = _measured(leg.order, target, speeds[target.key])
@@ -13019,23 +13133,11 @@ def _in_order(
 
 def _balanced(leg: Leg, health: Health) -> list[Target]:
     """The endpoints of a virtual model, by their weights; an endpoint's accounts stay together."""
-    runs: list[list[Target]] = []
+    runs: dict[str, list[Target]] = {}
     for target, reason in zip(leg.targets, leg.reasons, strict=True):
-        same = (
-            runs
-            and runs[-1][0].provider == target.provider
-            and target.account
-            and (
-                runs[-1][0].model == target.model
-                and reason == leg.reasons[leg.targets.index(runs[-1][0])]
-            )
-        )
-        if same:
-            runs[-1].append(target)
-        else:
-            runs.append([target])
-    weights = tuple(run[0].weight for run in runs)
-    return [target for i in health.share((leg.model,), weights) for target in runs[i]]
+        runs.setdefault(reason, []).append(target)
+    weights = {endpoint: run[0].weight for endpoint, run in runs.items()}
+    return [target for name in health.share(leg.model, weights) for target in runs[name]]
 
 
 def blended(price: Price) -> float | None:
@@ -13152,7 +13254,10 @@ _SAME = {
     "max_tokens": ("max_completion_tokens",),
     "max_completion_tokens": ("max_tokens",),
     "max_output_tokens": ("max_tokens",),
+    "thinkingLevel": ("thinkingBudget",),
+    "tools": ("functions",),
 }
+_SAME_ELSEWHERE = {"/reasoning_effort": "reasoning", "/output_config/effort": "thinking"}
 
 
 def shaped(document: Document, shape: Shape, protocol: ApiProtocol) -> Document:
@@ -13160,14 +13265,16 @@ def shaped(document: Document, shape: Shape, protocol: ApiProtocol) -> Document:
     body = document.value
     changes: list[Change] = []
     rewritten: JsonObject = {}
+    said: set[str] = set()
     for name, value in shape.params.items():
         places = _PARAMS.get(name)
         if name in _REWRITTEN and protocol is not ApiProtocol.CHAT_COMPLETIONS:
             rewritten[name] = value
             continue
         pointer = places[_COLUMNS[protocol]] if places else f"/{_escaped(name)}"
-        if not pointer or _is_set(body, pointer):
+        if not pointer or pointer in said or _is_set(body, pointer):
             continue
+        said |= {pointer, *(f"/{other}" for other in _SAME.get(pointer[1:], ()))}
         if "generation_config" in body:
             pointer = pointer.replace("/generationConfig/", "/generation_config/")
         if (
@@ -13216,8 +13323,10 @@ def _is_set(body: JsonObject, pointer: str) -> bool:
     for part in above:
         value = as_object(value)
         value = value.get(part, value.get(_snake(part)))
-    names = (last, _snake(last), *_SAME.get(last, ()))
-    return any(as_object(value).get(name) is not None for name in names)
+    names = (last, *_SAME.get(last, ()))
+    spelt = (*names, *map(_snake, names))
+    here = any(as_object(value).get(name) is not None for name in spelt)
+    return here or body.get(_SAME_ELSEWHERE.get(pointer, "")) is not None
 
 
 def _snake(name: str) -> str:
@@ -17447,7 +17556,7 @@ def _sink_for(
     if call.stream:
         return _StreamSink(call, reply, target, connection, translation)
     done = connection.loop.create_future()
-    return Collector(done, functools.partial(_answer, call, reply, target, translation))
+    return Collector(done, partial(_answer, call, reply, target, translation))
 
 
 def _request(
@@ -17606,7 +17715,7 @@ def _written(
     for name in refused_by(app, target):
         if body.pop(name, None) is not None:
             losses.add("refused_by_model", name)
-    _refuse_losses(call, losses)
+    _refuse_losses(call, target, losses)
     op, query = GENERATE[protocol], ""
     if protocol is ApiProtocol.GENERATE_CONTENT and prompt.stream:
         op, query = GEMINI_VERBS["streamGenerateContent"], "alt=sse"
@@ -17633,9 +17742,9 @@ _MAKE_MANY = (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.GENERATE_CONTENT)
 _MAX_FAN_OUT = 8
 
 
-def _refuse_losses(call: Call, losses: Losses) -> None:
+def _refuse_losses(call: Call, target: Target, losses: Losses) -> None:
     harmful = [loss for loss in losses.found if loss.harmful]
-    if (call.strict or call.wishes.require_parameters) and harmful:
+    if (call.strict or target.exacting) and harmful:
         loss = harmful[0]
         raise UpstreamUnfit(
             f"{loss.field}: the model's provider cannot have it ({loss.code}), and "
@@ -17654,7 +17763,7 @@ def _translation(app: App, call: Call, target: Target, undo: Undo, times: int) -
         undo,
         AnswerLabel(app.new_id(), time.time_ns() // 10**9, target.model, size_of(call.prompt) // 4),
         target.traits.vendor,
-        functools.partial(_told_in_band, target),
+        partial(_told_in_band, target),
         as_array=call.as_array,
         **({} if times == 1 else {"pauses": 0}),
     )
@@ -18123,7 +18232,7 @@ class _StreamSink:
         """What makes a stream of an answer in the caller's own protocol."""
         call, target = self._call, self._target
         label = AnswerLabel(call.id, time.time_ns() // 10**9, target.model)
-        explain = functools.partial(_told_in_band, target)
+        explain = partial(_told_in_band, target)
         return Translation(
             self._codec,
             self._codec,

@@ -238,17 +238,6 @@ def test_each_endpoint_gets_its_share_in_any_stretch() -> None:
     assert sorted(fleet.order("shared")) == ["aa", "bb", "cc"]
 
 
-def test_shares_are_exact_for_any_weights() -> None:
-    rng = random.Random(3)
-    for _ in range(20):
-        weights = tuple(float(rng.randrange(0, 6)) for _ in range(rng.randrange(2, 6)))
-        if not any(weights):
-            continue
-        health, total = Health(Breaker()), int(sum(weights))
-        firsts = Counter(health.share(("x",), weights)[0] for _ in range(total * 7))
-        assert [firsts[n] for n in range(len(weights))] == [w * 7 for w in weights]
-
-
 def test_candidates_are_drawn_by_weight_and_the_fallbacks_come_last() -> None:
     fleet = Fleet()
 
