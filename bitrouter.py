@@ -9942,7 +9942,8 @@ class _Origins(Mapping[str, str]):
     def __getitem__(self, name: str) -> str:
         path = self._named[name]
         value = self._paths[path]
-        from_where = re.findall(r"\$\{(\w+)", value) if isinstance(value, str) else []
+        text = json.dumps(value, default=str) if isinstance(value, str | list) else ""
+        from_where = dict.fromkeys(re.findall(r"(?<!\$)\$\{(\w+)", text))
         return ", from ".join([self._where.of(path), *from_where])
 
     def __iter__(self) -> Iterator[str]:
@@ -10280,8 +10281,8 @@ def _schema_of(
             definitions[name] = _schema_of_table(kind, definitions)
         return {"$ref": f"#/$defs/{name}"}
     schema: JsonObject = {"type": _JSON_NAMES[kind]}
-    if words := [word for word in limits.get("words") or () if word]:
-        schema["enum"] = words
+    if words := limits.get("words"):
+        return {"anyOf": [{"enum": list(words)}, _SCHEMA_OF_A_VARIABLE]}
     if limits.get("low") is not None:
         schema["minimum"] = limits["low"]
     if limits.get("high", 1e12) < 1e12:
@@ -10289,6 +10290,7 @@ def _schema_of(
     return schema
 
 
+_SCHEMA_OF_A_VARIABLE: JsonObject = {"type": "string", "pattern": r"\$\{"}
 _JSON_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _PROTOCOL_SCHEMA: JsonObject = {"enum": list(PROTOCOL_NAMES)}
 _PROTOCOLS_SCHEMA: JsonObject = {
@@ -10345,26 +10347,32 @@ def settings_of(loaded: Loaded) -> Iterator[Setting]:
     yield from _settings(loaded.config, "", loaded.origins)
 
 
-def _settings(value: Any, at: str, origins: Mapping[str, str]) -> Iterator[Setting]:
+def _settings(
+    value: Any, at: str, origins: Mapping[str, str], above: str = "default"
+) -> Iterator[Setting]:
+    """above: the origin of what the file does not spell as we keep it."""
+    if isinstance(value, HeaderEdits | ProtocolRules | RateRules):
+        above = origins.get(at, above)
     if isinstance(value, HeaderEdits):
         value = {**dict.fromkeys(value.put, "[redacted]"), **dict.fromkeys(value.drop)}
     elif isinstance(value, ProtocolRules | RateRules):
         value = dict(value.rules)
     if is_dataclass(value) and not isinstance(value, type):
         for name, spec in _specs(type(value)).items():
-            yield from _settings(getattr(value, spec.field), f"{at}.{name}".lstrip("."), origins)
+            inner = f"{at}.{name}".lstrip(".")
+            yield from _settings(getattr(value, spec.field), inner, origins)
     elif isinstance(value, dict) and value:
         for name, one in value.items():
-            yield from _settings(one, f"{at}.{name}".lstrip("."), origins)
+            yield from _settings(one, f"{at}.{name}".lstrip("."), origins, above)
     elif isinstance(value, tuple) and value and is_dataclass(value[0]):
         for i, one in enumerate(value):
-            yield from _settings(one, f"{at}[{i}]", origins)
+            yield from _settings(one, f"{at}[{i}]", origins, above)
     else:
         shown = "[redacted]" if isinstance(value, Secret) and value else value
         shown = list(shown) if isinstance(shown, tuple) else None if shown == {} else shown
         if isinstance(shown, Secret):
             shown = "(not set)"
-        origin = origins.get(at, "default")
+        origin = origins.get(at, above)
         secretive = isinstance(value, Secret) or not _MAY_HOLD_KEYS.isdisjoint(
             re.split(r"[.\[]", at)
         )
@@ -11653,10 +11661,7 @@ class Router:
             hint = (
                 f"did you mean {' or '.join('@' + n for n in near)}?"
                 if near
-                else (
-                    "the configuration has "
-                    + (", ".join("@" + n for n in self.config.presets) or "none")
-                )
+                else f"the configuration has {_some(['@' + n for n in self.config.presets])}"
             )
             said = f"model: there is no preset @{printable(name, 64)}; {hint}"
             raise BadRequest(said, code="preset_not_found", param="model")
@@ -11666,7 +11671,7 @@ class Router:
         elif variant:
             ranked = self._variant(variant)
             if ranked is None:
-                known = ", ".join([*SORTS, *SORT_ALIASES, *self.config.variants])
+                known = _some([*SORTS, *SORT_ALIASES, *self.config.variants])
                 said = f"model: there is no variant :{printable(variant, 64)}; known are {known}"
                 raise BadRequest(said, code="variant_not_found", param="model")
             wishes = narrowed(wishes, ranked)
@@ -11677,8 +11682,10 @@ class Router:
         base, colon, suffix = model.rpartition(":")
         if not colon or model in self.config.models or model in self._by_id:
             return model, wishes
-        place, separator, _ = split_place(model)
+        place, separator, rest = split_place(model)
         ident = provider_id(place)
+        if separator and rest in self._own.get(ident, ()):
+            return model, wishes  # the suffix is part of the id that the provider declares
         if separator == ":" and base == place and (ident in PROVIDERS or ident in self.active):
             return model, wishes  # provider:model, whatever the model is called
         ranked = self._variant(suffix)
@@ -12102,7 +12109,7 @@ class Router:
 
     def _key_missing(self, model: str, first: _Place) -> KeyMissing:
         variable = _missing_variable(first.provider)
-        others = ", ".join(self.active) or "nothing"
+        others = _some([*self.active])
         why = self._unset(first.provider)
         found = re.search(r"environment variable (\w+)", why)
         variable = found[1] if found else variable
@@ -12182,6 +12189,14 @@ class Router:
         )
         broken = {name for section, name in self.config.broken if section == "models"}
         return (one for one in listed.values() if one.providers and one.id not in broken)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_TOLD} more" if len(names) > _MAX_TOLD else ""
+    return (", ".join(names[:_MAX_TOLD]) or "none") + more
+
+
+_MAX_TOLD = 20
 
 
 def _once_each(legs: list[Leg]) -> list[Leg]:
@@ -16553,6 +16568,7 @@ class App:
             the target that has its prompt cache warm, by its key.
         local: the providers that were found on this machine.
         reload: reads the configuration anew; None if there is nothing to read it from.
+        variables: the names of those of the environment that a reload may bring anew.
         may_fetch_from: whether media may be fetched from an address.
         draining: no new requests; running ones finish.
     """
@@ -16574,6 +16590,7 @@ class App:
         self.health = Health(config.upstream.breaker)
         self.reloads = 0
         self.reload: Callable[[Mapping[str, str]], Awaitable[JsonObject]] | None = None
+        self.variables: Callable[[], Iterable[str]] = tuple
         self.router = Router(config, {})
         self.sweeper = Sweeper(tick_s)
         self.pool = Pool(self.sweeper, environ, config.upstream.timeouts.pool_idle_s)
@@ -17318,6 +17335,17 @@ class Call:
     _prompt: Prompt | None = None
 
     @property
+    def attempts_made(self) -> int:
+        return self.race.asked if self.race else self.attempts
+
+    def begin(self, target: Target) -> None:
+        """Count an attempt."""
+        self.target = target
+        self.attempts += 1
+        if self.race:
+            self.race.asked += 1
+
+    @property
     def codec(self) -> Codec:
         codec = CODECS[self.op.protocol]
         return codec if self.bridge is None else _bridged_codec(self, codec)
@@ -17425,14 +17453,16 @@ class Race:
     Attributes:
         leader: the attempt that began first.
         second: the other one runs.
+        asked: how many attempts both have made.
     """
 
-    __slots__ = ("leader", "on_won", "second", "winner")
+    __slots__ = ("asked", "leader", "on_won", "second", "winner")
 
     def __init__(self, leader: Call, on_won: Callable[[Call], None]) -> None:
         self.leader = leader
         self.winner: Call | None = None
         self.second = False
+        self.asked = 0
         self.on_won = on_won
 
     def won_by(self, call: Call) -> bool:
@@ -17723,10 +17753,8 @@ def _written(
     return _Outgoing(raw, _translation(app, call, target, undo, count), body, count)
 
 
-def preview(app: App, call: Call, target: Target) -> bytes:
-    """The request that a target would get; what it would lose is in the call's losses. Opens no
-    socket: media at a URL stay where they are. Raises BitrouterError."""
-    call.take_shape(target.shape)
+def first_request(app: App, call: Call, target: Target) -> bytes:
+    """What `exchange` would send, but for media that it would fetch. Raises BitrouterError."""
     if call.translates(target) and call.op.translates:
         return _written(app, call, target, *_adapted(app, call, target)).raw
     return _untranslated(app, call, target).raw
@@ -18035,7 +18063,7 @@ def served_by(call: Call, target: Target) -> Headers:
     return {
         "x-bitrouter-provider": target.provider,
         "x-bitrouter-model": printable(target.model),
-        "x-bitrouter-attempts": str(call.attempts),
+        "x-bitrouter-attempts": str(call.attempts_made),
         **(told_of_the_choice(call) if call.skipped or call.explained else {}),
     }
 
@@ -18362,6 +18390,14 @@ def _prompt_to_count(call: Call) -> Prompt:
 
 
 async def _counted_there(app: App, call: Call, target: Target) -> int:
+    value = await ask(app, call, target, _count_request(call, target))
+    count = value.get("totalTokens", value.get("input_tokens"))
+    if not whole(count):
+        raise UpstreamGarbled(f"{target.name} answered 200 without a count")
+    return whole(count)
+
+
+def _count_request(call: Call, target: Target) -> bytes:
     prompt, protocol = _prompt_to_count(call), target.protocol
     if protocol is ApiProtocol.RESPONSES and not target.traits.official:
         raise UpstreamGarbled("of those who speak Responses, only OpenAI itself counts tokens")
@@ -18372,12 +18408,7 @@ async def _counted_there(app: App, call: Call, target: Target) -> int:
         body.pop(name, None)
     if protocol is ApiProtocol.GENERATE_CONTENT:
         body = {"generateContentRequest": {"model": f"models/{target.model}", **body}}
-    raw = request_to(call, target, COUNT_SUFFIXES[protocol], body)
-    value = await ask(app, call, target, raw)
-    count = value.get("totalTokens", value.get("input_tokens"))
-    if not whole(count):
-        raise UpstreamGarbled(f"{target.name} answered 200 without a count")
-    return whole(count)
+    return request_to(call, target, COUNT_SUFFIXES[protocol], body)
 
 
 def _rendered_count(call: Call, count: int) -> JsonObject:
@@ -18392,13 +18423,8 @@ def _rendered_count(call: Call, count: int) -> JsonObject:
 async def embed(app: App, call: Call, reply: Reply, target: Target) -> None:
     """Embed texts at a provider that spells it the other way. Raises UpstreamError."""
     body = call.document.value if call.document else {}
-    if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
-        texts, asked = embeddings_for_openai(body, target.model)
-        suffix = "/embeddings"
-    else:
-        texts, asked = embeddings_for_gemini(body, target.model)
-        suffix = "/models/{model}:batchEmbedContents"
-    value = await ask(app, call, target, request_to(call, target, suffix, asked))
+    texts, raw = _embedding_request(call, target)
+    value = await ask(app, call, target, raw)
     found = as_list(value.get("embeddings", value.get("data")))
     if len(found) != len(texts) or not all(isinstance(one, dict) for one in found):
         said = f"{target.name} answered with {len(found)} vectors for {len(texts)} texts"
@@ -18414,6 +18440,28 @@ async def embed(app: App, call: Call, reply: Reply, target: Target) -> None:
         raise UpstreamGarbled(f"{target.name} answered with vectors that hold no numbers") from None
     call.first_at = time.monotonic()
     reply.send(200, compact(answer), JSON_HEADERS | served_by(call, target))
+
+
+def _embedding_request(call: Call, target: Target) -> tuple[list[str], bytes]:
+    body = call.document.value if call.document else {}
+    if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
+        texts, asked = embeddings_for_openai(body, target.model)
+        return texts, request_to(call, target, "/embeddings", asked)
+    texts, asked = embeddings_for_gemini(body, target.model)
+    return texts, request_to(call, target, "/models/{model}:batchEmbedContents", asked)
+
+
+def preview(app: App, call: Call, target: Target) -> bytes:
+    """The request that a target would get; what it would lose is in the call's losses. Opens no
+    socket: media at a URL stay where they are. Raises BitrouterError."""
+    call.take_shape(target.shape)
+    if call.op.embeds and call.translates(target):
+        return _embedding_request(call, target)[1]
+    if call.op.counts and target.protocol not in COUNT_SUFFIXES:
+        raise UpstreamUnfit(f"{target.name} counts no tokens: nothing is sent, they are estimated")
+    if call.op.counts and target.protocol is not call.op.protocol:
+        return _count_request(call, target)
+    return first_request(app, call, target)
 
 
 async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
@@ -18591,8 +18639,7 @@ def _adopt(call: Call, winner: Call) -> None:
 
 async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
     """Try one target once. The caller has its answer, or nothing at all and we have an error."""
-    call.attempts += 1
-    call.target = target
+    call.begin(target)
     try:
         target = call.target = _prepared(app, call, target)
     except UpstreamUnfit as error:
@@ -19049,6 +19096,7 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
     finally:
         line = _line(request, reply, call, error)
         app.writer.event("request", {"id": request_id, "caller": caller or None, **line})
+        error = None  # it holds this frame, and this frame would hold it, and the body with it
 
 
 class Path(NamedTuple):
@@ -19197,7 +19245,10 @@ def _call_facts(call: Call) -> dict[str, Any]:
     target, usage = call.target, call.usage
     facts: dict[str, Any] = {"model": printable(call.model), "stream": call.stream}
     if target:
-        facts |= {"target": f"{target.name}/{printable(target.model)}", "attempts": call.attempts}
+        facts |= {
+            "target": f"{target.name}/{printable(target.model)}",
+            "attempts": call.attempts_made,
+        }
     if call.first_at is not None:
         facts["ttft_ms"] = round((call.first_at - call.started_at) * 1000, 1)
     if call.skipped:
@@ -19501,7 +19552,7 @@ async def _list_models(app: App, request: HttpRequest, reply: Reply) -> None:
         reply.send(200, compact(shape.one(found)), JSON_HEADERS)
         return
     wanted_ones = _query_filter(request.query[:1024], tuple(app.router.active))
-    kept = [shape.one(one) for one in listed if wanted_ones(one)]
+    kept = [one for one in listed if wanted_ones(one)]
     reply.send(200, compact(shape.all(kept, request.query)), JSON_HEADERS)
 
 
@@ -19573,7 +19624,7 @@ def _query_filter(query: str, known: tuple[str, ...]) -> ModelFilter:
 
 class _ModelShape(NamedTuple):
     one: Callable[[Listed], JsonObject]
-    all: Callable[[list[JsonObject], str], JsonObject]
+    all: Callable[[list[Listed], str], JsonObject]  # of a query: a page, where there are pages
 
 
 def _extras(one: Listed) -> JsonObject:
@@ -19636,35 +19687,36 @@ def _google_model(one: Listed) -> JsonObject:
     }
 
 
-def _openai_list(models: list[JsonObject], query: str) -> JsonObject:  # noqa: ARG001
-    return {"object": "list", "data": models}
+def _openai_list(models: list[Listed], query: str) -> JsonObject:  # noqa: ARG001
+    return {"object": "list", "data": [_openai_model(one) for one in models]}
 
 
-def _anthropic_list(models: list[JsonObject], query: str) -> JsonObject:
+def _anthropic_list(models: list[Listed], query: str) -> JsonObject:
     """wire: docs.claude.com/en/api/models-list, read 2026-11: limit 1-1000, 20 unless told."""
     asked = dict(pair.partition("=")[::2] for pair in query.split("&"))
     limit = _count(asked, "limit", 20)
-    ids = [model["id"] for model in models]
+    ids = [model.id for model in models]
     after, before = unquote(asked.get("after_id", "")), unquote(asked.get("before_id", ""))
     start = ids.index(after) + 1 if after in ids else 0
     end = ids.index(before) if before in ids else len(ids)
     size = max(1, min(limit, 1000))
     page = models[start:end][-size:] if before in ids else models[start:end][:size]
-    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    first, last = (page[0].id, page[-1].id) if page else (None, None)
+    told = [_anthropic_model(one) for one in page]
     more = len(page) < end - start
-    return {"data": page, "has_more": more, "first_id": first, "last_id": last}
+    return {"data": told, "has_more": more, "first_id": first, "last_id": last}
 
 
 def _count(asked: Mapping[str, str], name: str, default: int) -> int:
     return int(asked[name]) if re.fullmatch(r"[0-9]{1,9}", asked.get(name, "")) else default
 
 
-def _google_list(models: list[JsonObject], query: str) -> JsonObject:
+def _google_list(models: list[Listed], query: str) -> JsonObject:
     asked = dict(pair.partition("=")[::2] for pair in query.split("&"))
     size, start = _count(asked, "pageSize", 50), _count(asked, "pageToken", 0)
     end = start + max(1, min(size, 1000))
     token = {"nextPageToken": str(end)} if end < len(models) else {}
-    return {"models": models[start:end], **token}
+    return {"models": [_google_model(one) for one in models[start:end]], **token}
 
 
 _MODEL_SHAPES = {
@@ -19897,13 +19949,16 @@ async def _control(app: App, request: HttpRequest, reply: Reply) -> None:
     """Serve the command line. Who can open the socket is the user that we run as."""
     if request.path == "/status":
         reply.send(200, compact(status_facts(app)), JSON_HEADERS)
+    elif request.path == "/variables":
+        reply.send(200, compact({"names": sorted(app.variables())}), JSON_HEADERS)
     elif request.path == "/reload" and request.head.method == "POST" and app.reload:
         try:
             given = as_object(parse_json(request.body or b"{}"))
         except (ValueError, RecursionError) as exc:
             _refuse_control(app, request, reply, BadRequest(f"the body is not JSON: {exc}"))
             return
-        environ = {str(name): str(value) for name, value in given.items()}
+        taken = given.keys() & set(app.variables())
+        environ = {name: str(given[name]) for name in taken}
         reply.send(200, compact(await app.reload(environ)), JSON_HEADERS)
     else:
         reply.send(404, b"{}", JSON_HEADERS)
@@ -20166,8 +20221,9 @@ def serve_many(count: int, serve_one: Callable[[int], int]) -> int:
         if pid:
             pids[pid] = (n, time.monotonic())
             return
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can read its configuration anew
         status = 1
         try:
             status = serve_one(n)
@@ -20324,7 +20380,7 @@ def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int) -> in
     shortest_s = min(timeouts.first_token_s, timeouts.idle_s, timeouts.total_s)
     app = App(loaded.config, os.environ, writer, tick_s=max(0.02, min(0.5, shortest_s / 4)))
     reloader = _Reloader(app, given, loaded)
-    app.reload = reloader.reload
+    app.reload, app.variables = reloader.reload, reloader.variables
     control = control_path(loaded.config.server.listen, os.environ, worker)
     with suppress(KeyboardInterrupt):
         asyncio.run(
@@ -20361,6 +20417,20 @@ class _Reloader:
         self._given = given
         self._overlay: dict[str, str] = {}
         self._busy = asyncio.Lock()
+
+    def variables(self) -> set[str]:
+        """Those that the file names, those of its providers, and those of other providers that are
+        on already: nobody's shell turns on a provider that nobody named."""
+        loaded, path = _load_config(self._given, self._app.environ)
+        own = {provider_id(name) for name in loaded.config.providers}
+        names = {f"{ident.upper().replace('-', '_')}_API_KEY" for ident in own}
+        for known in PROVIDERS.values():
+            if known.id in own or known.id in self._app.router.active:
+                names |= {*known.env, *base_variables(known)}
+        if path:
+            with suppress(OSError, ValueError), open(path, encoding="utf-8") as file:  # noqa: PTH123
+                names |= set(re.findall(r"\$\{([A-Za-z_]\w*)", file.read()))
+        return names
 
     async def reload(self, environ: Mapping[str, str]) -> JsonObject:
         """environ: variables that count from now on, beside those of this process."""
@@ -20451,6 +20521,8 @@ def _ask_control(path: str, method: str, target: str, body: bytes = b"") -> Json
     import http.client
 
     connection = http.client.HTTPConnection("localhost", timeout=30)
+    if os.stat(path).st_uid != os.getuid():  # noqa: PTH116
+        raise ConfigError(f"{path} belongs to another user: it is not asked, nor told any key")
     try:
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.settimeout(30)
@@ -20465,16 +20537,12 @@ def _ask_control(path: str, method: str, target: str, body: bytes = b"") -> Json
 
 
 def command_reload(args: argparse.Namespace) -> int:
-    """The providers' variables go along: they are how keys are rotated."""
-    names = {name for known in PROVIDERS.values() for name in (*known.env, *base_variables(known))}
-    loaded, path = _load_config(args.config, os.environ)
-    if path:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123
-            names |= set(re.findall(r"\$\{([A-Za-z_]\w*)", file.read()))
-    for ident in loaded.config.providers:
-        names.add(ident.upper().replace("-", "_") + "_API_KEY")
-    told = json.dumps({name: os.environ[name] for name in names if name in os.environ}).encode()
-    answers = [_ask_control(path, "POST", "/reload", told) for path in _controls(args)]
+    """The variables that the server asks for go along: they are how keys are rotated."""
+    answers = []
+    for path in _controls(args):
+        names = _ask_control(path, "GET", "/variables").get("names", ())
+        told = json.dumps({name: os.environ[name] for name in names if name in os.environ})
+        answers.append(_ask_control(path, "POST", "/reload", told.encode()))
     worst = next((answer for answer in answers if not answer.get("reloaded")), answers[0])
     rows = [("error", said) for said in worst.get("errors", ())]
     rows += [("warning", said) for said in worst.get("warnings", ())]

@@ -405,3 +405,21 @@ models = [{id = "m", capabilities = ["tools", "image_output"]}]
     chosen = choose(route, needs, Health(Breaker()), 0.0)
     assert [target.provider for target in chosen.chain] == ["bb"]
     assert chosen.left_out == ("aa/m: cannot do image_output",)
+
+
+def test_a_suffix_that_is_part_of_a_declared_id_is_no_variant() -> None:
+    text = '[providers.a]\napi_base = "http://a/v1"\nmodels = [{id = "q:cost"}, {id = "q"}]'
+    router = routed(text)
+    for asked_for, model in {
+        "q:cost": "q:cost", "a:q:cost": "q:cost", "a/q:cost": "q:cost",
+        "q:cost:cost": "q:cost", "a:q:latency": "q", "a/q:latency": "q",
+    }.items():  # fmt: skip
+        assert [target.model for target in router.resolve(asked_for, CHAT_OP).chain] == [model]
+
+
+def test_an_error_lists_some_of_a_thousand_names() -> None:
+    text = "".join(f"[presets.p{n}]\nmodel = 'openai/gpt-4o'\n" for n in range(1000))
+    router = routed(text, OPENAI_API_KEY="1")
+    with pytest.raises(BadRequest, match=r"@p0, @p1, .*, @p19 and 980 more$") as refused:
+        router.resolve("@completely-else", CHAT_OP)
+    assert len(refused.value.message) < 300

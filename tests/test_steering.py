@@ -828,6 +828,7 @@ async def test_the_faster_of_two_answers_and_the_other_is_cancelled(
     async with hedged(HANGS, fast, OK, protocol=protocol) as f:
         answer = await f.ask(**more)
         assert (answer.status, answer.headers["x-bitrouter-provider"]) == (200, "b")
+        assert answer.headers["x-bitrouter-attempts"] == "2"  # both were asked, one was heard
         if not streams:
             assert answer.json() == SPOKEN[protocol].answer
         await hung_up(f.ups[0])
@@ -892,6 +893,8 @@ async def test_when_both_fail_one_error_names_both(
         assert answer.status == status
         said = answer.json()["error"]["message"]
         assert "all 2 attempts failed" in said
+        assert answer.headers["x-bitrouter-attempts"] == "2"
+        assert f.gw.lines()[-1]["attempts"] == 2
         assert f"a answered {first.status}" in said and f"b answered {second.status}" in said
         assert answer.headers.get("retry-after") == ("5" if status == 429 else None)
         assert len(f.gw.lines("attempt_failed")) == 2
@@ -1620,6 +1623,26 @@ async def test_keys_go_along_with_a_reload_that_is_asked_for(server: Any, provid
         assert "next start" in (await s.said("configuration"))["event"]
         assert (await s.served("m")).status == 404  # all but the address has changed
         assert await s.stop(signal.SIGINT) == 0
+
+
+async def test_a_reload_takes_no_keys_that_nobody_named(server: Any, provider: Any) -> None:
+    async with provider(OK) as up, server() as s:
+        s.environ["GROQ_API_KEY"] = "sk-of-the-service"
+        text = one_provider(f"{up.base}/v1", "${TEAM_KEY:-none}")
+        s.write(text + "[providers.mistral]\nparams = {seed = 1}\n")
+        await s.start()
+        more = {"OPENAI_API_KEY": "sk-of-the-admin", "MISTRAL_API_KEY": "sk-for-the-team"}
+        more |= {"GROQ_API_KEY": "sk-rotated-for-all", "TEAM_KEY": "sk-team-two", "PATH2": "x"}
+        wanted = (await s.asked("GET", "/variables")).json()["names"]
+        assert {"GROQ_API_KEY", "MISTRAL_API_KEY", "TEAM_KEY", "GROQ_BASE_URL"} <= {*wanted}
+        assert not {"OPENAI_API_KEY", "PATH2"} & {*wanted}
+        status, told, _ = await s.run("reload", **more)
+        assert (status, told["reloaded"]) == (0, True)
+        active = (await s.asked("GET", "/status")).json()["active"]
+        assert set(active) == {"groq", "mistral", "up"}
+        body = json.dumps(more).encode()
+        assert (await s.asked("POST", "/reload", body=body)).json()["reloaded"] is True
+        assert "openai" not in (await s.asked("GET", "/status")).json()["active"]
 
 
 async def test_commands_without_a_server_say_so(server: Any) -> None:
