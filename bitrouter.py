@@ -12433,6 +12433,7 @@ class Health:
         self._turns: dict[tuple[str, str], int] = {}  # whose account comes first, by model
         self._shares: dict[str, dict[str, float]] = {}  # how far each is behind its share
         self._room: dict[tuple[str, str, str], list[_Room]] = {}  # by what the vendors say
+        self._silent: dict[tuple[str, str, str], float] = {}  # since when each has only lost races
 
     def order(
         self, chain: tuple[Target, ...], now: float, first: tuple[str, str, str] | None = None
@@ -12523,8 +12524,17 @@ class Health:
 
     def succeeded(self, target: Target) -> bool:
         """Returns whether the target had been cooling down."""
+        self._silent.pop(target.key, None)
         record = self._records.pop(target.key, None)
         return record is not None and record.open_until > 0
+
+    def lost(self, target: Target, since: float, now: float) -> bool:
+        """Note that somebody else was faster. Returns whether the target has been asked in vain
+        for as long as an answer may take to begin: no single loss would show that it hangs."""
+        if len(self._silent) > _MAX_HEALTH:
+            self._silent.clear()
+        silent_for = now - self._silent.setdefault(target.key, since)
+        return silent_for >= target.timeouts.first_token_s and bool(self._silent.pop(target.key))
 
     def forget(self, provider: str, account: str) -> None:
         """A provider's account has a new key: what it did with the old one says nothing."""
@@ -18682,6 +18692,9 @@ def _note_loss(app: App, call: Call, target: Target, started_at: float) -> None:
     if call.race and call.race.leader is call and call.race.winner not in (None, call):
         now = time.monotonic()
         app.health.meter.answered(target, call.stream, now - started_at, None, now)
+        if app.health.lost(target, started_at, now):
+            said = f"{target.name} has answered nothing for {target.timeouts.first_token_s:g} s"
+            _blame(app, target, UpstreamTimeout(said))
 
 
 async def _echoed(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:

@@ -933,6 +933,23 @@ async def test_who_is_cancelled_for_being_slower_is_not_blamed(hedged: Any) -> N
         assert f.gw.app.health.cooling(0.0) == {} and f.counts == [6, 6]
 
 
+async def test_who_only_loses_for_as_long_as_an_answer_may_take_is_out_of_order(
+    hedged: Any,
+) -> None:
+    soon = "timeouts = {first_token_s = 0.05}"
+    async with hedged(HANGS, OK, own={"a": soon}) as f:
+        health = f.gw.app.health
+        while not health.cooling(0.0):
+            assert await f.served() == "b"
+        asked = f.counts[0]
+        assert 3 <= asked < 30  # one loss says nothing, and some thrice as long says enough
+        assert await f.served() == "b" and f.counts[0] == asked
+    async with hedged([HANGS, OK] * 6, OK, own={"a": soon}) as f:
+        for _ in range(12):
+            await f.served()
+        assert not f.gw.app.health.cooling(0.0)
+
+
 async def test_who_hangs_is_known_to_be_slow_after_a_lost_race(hedged: Any) -> None:
     async with hedged(HANGS, OK) as f:
         for _ in range(3):
