@@ -542,7 +542,7 @@ REFUSED = [
     (OWN + "class = 'gatway'",
      f"3: providers.m.class: {WORD}first-party-api, "),
     (OWN + "auth = 'basic'",
-     f"3: providers.m.auth: {WORD}native, bearer, got "),
+     f"3: providers.m.auth: {WORD}native, bearer, api-key, got "),
     (OWN + "protocol_endpoints = {chat = 'https://x/v1'}",
      f"3: providers.m.protocol_endpoints.chat: {WORD}chat_completions, responses, "),
     (OWN + "compatibility.chat_completions.token_limit_field = 'max'",
