@@ -14027,6 +14027,9 @@ _TZ_WAYS: dict[str, JsonObject] = {
     "azure": {"derives": "azure", "auth": "api-key", "api_protocol": "chat_completions"},
 }
 _TZ_AZURE_VERSION = "api-version=2025-04-01-preview"  # the one that TensorZero asks for
+_TZ_LIMITS = {
+    "model_inferences_per_minute": "requests_per_minute", "tokens_per_minute": "tokens_per_minute",
+}  # fmt: skip
 # Types whose models count the tokens of their reasoning.
 _TZ_BUDGETED = ("anthropic", "google_ai_studio_gemini", "gcp_vertex_gemini", "aws_bedrock")
 
@@ -14041,8 +14044,6 @@ _TZ_TOP: dict[str, tuple[str, str]] = {
     "evaluations": _THEIR_LOOP,
     "optimizers": _THEIR_LOOP,
     "autopilot": _THEIR_LOOP,
-    "rate_limiting": (
-        "warning", "limits by tag and key are not shipped yet; those of providers and models are"),
 }  # fmt: skip
 _TZ_GATEWAY: dict[str, tuple[str, str]] = {
     "observability": _NO_DATABASE,
@@ -14248,6 +14249,7 @@ class _Migrator:
             self._tool(name, table)
         for name, table in top.table("functions").tables():
             self._function(name, table)
+        self._limits(top.table("rate_limiting"))
         top.end(_TZ_TOP)
         self._check()
         text = self._written()
@@ -14345,6 +14347,44 @@ class _Migrator:
         traces.end()
         otlp.end()
         export.end()
+
+    def _limits(self, table: _Table) -> None:
+        """Rules: one for everybody is the limit of the provider, if there is but one; the others
+        are told."""
+        enabled = table.take("enabled", bool, True)
+        for i, rule in enumerate(table.take("rules", list, [])):
+            path = (*table.path, f"rules[{i}]")
+            rule = as_object(rule)
+            scope = rule.get("scope") or []
+            limits = {
+                ours: rule[theirs]
+                for theirs, ours in _TZ_LIMITS.items()
+                if enabled and not scope and type(rule.get(theirs)) is int
+            }
+            used = self._providers_used()
+            if len(used) == 1 and limits:
+                mine = self._providers.setdefault(used[0], {})
+                mine["rate_limits"] = {"*": {**mine.get("rate_limits", {}).get("*", {}), **limits}}
+                self._reasons.setdefault(("providers", used[0]), self.where(table.path))
+            told = [
+                key
+                for key in rule
+                if "_per_" in key and not (len(used) == 1 and _TZ_LIMITS.get(key) in limits)
+            ]
+            if told and enabled:
+                for_whom = "for everybody" if not scope else f"by {show_json(scope)}"
+                said = f"{', '.join(told)} {for_whom}: no such limit is shipped yet; "
+                self.note("warning", path, said + "`rate_limits` of providers and models are")
+        table.end({
+            "backend": ("info", "limits are counted in the process"),
+            "default_cost": ("warning", "limits of cost are not shipped yet"),
+        })  # fmt: skip
+
+    def _providers_used(self) -> list[str]:
+        named = {e["provider"] for model in self._models.values() for e in model["endpoints"]}
+        ids = {preset.get("model", "") for preset in self._presets.values()}
+        places = {split_place(one)[0] for one in ids if one and one not in self._models}
+        return sorted(named | places)
 
     def _provider_type(self, kind: str, table: _Table) -> None:
         defaults = table.table("defaults")

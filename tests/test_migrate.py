@@ -338,7 +338,18 @@ NOT_CARRIED = [
     ("clickhouse.disable_automatic_migrations = true", "info", "no database"),
     ("metrics.ok = {type = 'boolean', level = 'inference'}", "warning", "feedback loop"),
     ("evaluations.e.type = 'inference'", "warning", "feedback loop"),
-    ("rate_limiting.enabled = true", "warning", "limits"),
+    (
+        "rate_limiting.rules = [{always = true, tokens_per_hour = 5}]",
+        "warning",
+        "tokens_per_hour for everybody: no such limit is shipped yet",
+    ),
+    (
+        "rate_limiting.rules = [{priority = 1, tokens_per_minute = 5, scope = [{tag_key = 'u'}]}]",
+        "warning",
+        "tokens_per_minute by ",
+    ),
+    ("rate_limiting.default_cost = 2.0", "warning", "limits of cost"),
+    ("rate_limiting.foo = 1", "unknown", "no such key"),
     ("gateway.export.otlp.traces.enabled = true", "note", "port 4318, not 4317"),
     (
         "gateway.export.otlp.traces = {enabled = true, format = 'openinference'}",
@@ -517,3 +528,18 @@ include_content = true
         [("t.toml", text.replace("= true\nextra", "= false\nextra"))], lambda *_: ""
     )
     assert "otel" not in tomllib.loads(off.text)
+
+
+def test_a_limit_for_everybody_is_that_of_the_only_provider() -> None:
+    rule = "{always = true, model_inferences_per_minute = 60, tokens_per_minute = 900}"
+    text = f"{one_model('openai', NAMED)}\n[rate_limiting]\nrules = [{rule}]\n"
+    moved = migrate_tensorzero([("t.toml", text)], lambda *_: "")
+    [provider] = tomllib.loads(moved.text)["providers"].values()
+    assert provider["rate_limits"] == {
+        "*": {"requests_per_minute": 60, "tokens_per_minute": 900},
+    }  # fmt: skip
+    assert moved.is_clean and not parse_config(moved.text, {}).problems
+    second = one_model("groq", NAMED).replace("models.", "models.z")
+    two = text.replace("[rate_limiting]", f"{second}\n[rate_limiting]")
+    moved = migrate_tensorzero([("t.toml", two)], lambda *_: "")
+    assert not moved.is_clean and "rate_limits" not in moved.text
