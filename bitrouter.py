@@ -23054,7 +23054,10 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
         if asked.page:
             await asked.page(app, request, reply)
         elif asked.op:
-            call = Call(request_id, asked.op, asked.model, request.headers, started_at, caller)
+            headers, rules = request.headers, app.config.upstream
+            call = Call(
+                request_id, asked.op, asked.model, headers, started_at, caller, rules=rules
+            )
             app.in_flight += 1
             _read_call(app, request, asked, call)
             route = app.router.resolve(call.models or call.model, call.op, call.wishes)
@@ -23298,13 +23301,9 @@ def _read_call(app: App, request: HttpRequest, asked: _Asked, call: Call) -> Non
         _begin_trace(app, call, app.exporter.settings)
     call.strict = request.headers.get("x-bitrouter-strict", "").lower() in ("1", "true")
     call.explain = request.headers.get("x-bitrouter-explain", "").lower() in ("1", "true")
-    call.rules = app.config.upstream
     call.withheld = app.router.key_headers
-    call.query = "&".join(
-        pair
-        for pair in request.query.split("&")
-        if pair and unquote(pair.partition("=")[0]).lower() not in _QUERY_CREDENTIALS
-    )
+    if request.query:
+        call.query = _without_credentials(request.query)
     if op.raw and media == "multipart/form-data":
         call.body, call.form_type = request.body, content_type
         _, named = set_form_field(request.body, content_type, "model")
@@ -23321,7 +23320,8 @@ def _read_call(app: App, request: HttpRequest, asked: _Asked, call: Call) -> Non
         shown = printable(content_type, 60)
         raise UnsupportedMedia(f"content-type: expected application/json, got {shown!r}")
     call.model = _model_id(call.model, "model")
-    call.models = tuple(_model_id(one, f"models[{n}]") for n, one in enumerate(call.models))
+    if call.models:
+        call.models = tuple(_model_id(one, f"models[{n}]") for n, one in enumerate(call.models))
     call.stream = _streams(call)
     call.history = _history(app, call)
     if app.watchers:
@@ -23338,7 +23338,7 @@ def _begin_trace(app: App, call: Call, settings: OtelSettings) -> None:
 def _model_id(text: str, where: str) -> str:
     """A model id as it was meant. Raises BadRequest."""
     text = _UNSEEN.sub("", text).strip()
-    if {".", ".."} & set(re.split("[/:]", text)):  # it may become part of a path
+    if _DOTS.search(text):  # it may become part of a path
         raise BadRequest(f"{where}: `.` and `..` are no part of a model id", param=where)
     if not text or len(text) > _MAX_MODEL_CHARS:
         raise BadRequest(
@@ -23351,6 +23351,7 @@ def _model_id(text: str, where: str) -> str:
 
 # Terminals' escape sequences and control characters, which come with models copied from one.
 _UNSEEN = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f]")
+_DOTS = re.compile(r"(?:^|[/:])\.\.?(?:[/:]|$)")
 _FOR_US = ("models", "provider", "preset")
 _MAX_MODELS = 8
 
@@ -23360,7 +23361,8 @@ def call_of(app: App, op: Operation, model: str, headers: Headers, body: bytes) 
     request = HttpRequest(
         RequestHead("POST", "/", headers, keep_alive=True, minor=1), "/", "", body
     )
-    call = Call(app.new_id(), op, model, headers, time.monotonic())
+    rules = app.config.upstream
+    call = Call(app.new_id(), op, model, headers, time.monotonic(), rules=rules)
     _read_call(app, request, _Asked(op, model), call)
     return call
 
@@ -23395,7 +23397,7 @@ def _read_wishes(app: App, call: Call) -> None:
     if document is not None and is_bridged(document.value, call.model):
         _cross_bridge(app, call, document)
         document = call.document
-    if document is None or not any(name in document.value for name in _FOR_US):
+    if document is None or document.value.keys().isdisjoint(_FOR_US):
         call.given = document
         return
     body = document.value
@@ -23441,6 +23443,14 @@ def _history(app: App, call: Call) -> tuple[Message, ...] | None:
             param="previous_response_id",
         )
     return known
+
+
+def _without_credentials(query: str) -> str:
+    return "&".join(
+        pair
+        for pair in query.split("&")
+        if pair and unquote(pair.partition("=")[0]).lower() not in _QUERY_CREDENTIALS
+    )
 
 
 _QUERY_CREDENTIALS = {"key", "api_key", "api-key", "apikey", "access_token", "token"}
