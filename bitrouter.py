@@ -21183,32 +21183,38 @@ def _request(
     if call.op.generates or (call.op.embeds and target.virtual):
         body = finished(body, target, edits) if content_type == "application/json" else body
     lines = [f"POST {path}{suffix}{query} HTTP/1.1\r\n", target.head.reveal()]
+    given, drop = call.headers, target.shape.drop
     own_protocol = target.protocol is call.op.protocol
-    for name, value in call.headers.items():
-        by_prefix = own_protocol and name.startswith(_FORWARDED_PREFIXES)
-        if by_prefix and _CREDENTIAL.search(name):
+    for name in _forwarded(tuple(given), own_protocol):
+        if name in target.headers or name in drop or name in call.withheld or name in headers:
             continue
-        if (by_prefix or name in _FORWARDED) and name not in target.headers:
-            if name in target.shape.drop or name in call.withheld or name in headers:
-                continue
-            if call.trace and name in TRACE_HEADERS:
-                continue
-            lines.append(f"{name}: {value}\r\n")
+        if call.trace and name in TRACE_HEADERS:
+            continue
+        lines.append(f"{name}: {given[name]}\r\n")
     lines += [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
     if call.trace:
-        told = call.trace.headers(call.headers, max(0, len(call.tried) - 1))
+        told = call.trace.headers(given, max(0, len(call.tried) - 1))
         lines += [f"{name}: {value}\r\n" for name, value in told.items()]
-    given = (own_protocol and "anthropic-version" in call.headers) or (
-        "anthropic-version" in target.headers
-    )
-    given = given or "anthropic-version" in target.shape.drop
-    if target.protocol is ApiProtocol.MESSAGES and not given:
-        lines.append(f"anthropic-version: {_ANTHROPIC_VERSION}\r\n")
+    if target.protocol is ApiProtocol.MESSAGES:
+        named = own_protocol and "anthropic-version" in given
+        if not (named or "anthropic-version" in target.headers or "anthropic-version" in drop):
+            lines.append(f"anthropic-version: {_ANTHROPIC_VERSION}\r\n")
     lines.append(
         f"content-type: {content_type}\r\naccept-encoding: identity\r\n"
         f"x-bitrouter-request-id: {call.id}\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return "".join(lines).encode("latin-1", "replace") + body
+
+
+@functools.lru_cache(maxsize=128)  # a client sends the same names with every request
+def _forwarded(names: tuple[str, ...], own_protocol: bool) -> tuple[str, ...]:
+    """Which of a caller's headers travel on."""
+    by_prefix = _FORWARDED_PREFIXES if own_protocol else ()
+    return tuple(
+        name
+        for name in names
+        if name in _FORWARDED or (name.startswith(by_prefix) and not _CREDENTIAL.search(name))
+    )
 
 
 def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
@@ -21665,11 +21671,12 @@ def _stream_headers(call: Call) -> Headers:
 
 def returned_headers(headers: Headers) -> Headers:
     """Those of a provider's headers that concern the caller."""
-    return {
-        name: value
-        for name, value in headers.items()
-        if name in _RETURNED or name.startswith(_RETURNED_PREFIXES)
-    }
+    return {name: headers[name] for name in _returned(tuple(headers))}
+
+
+@functools.lru_cache(maxsize=128)
+def _returned(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name in _RETURNED or name.startswith(_RETURNED_PREFIXES))
 
 
 def served_by(call: Call, target: Target) -> Headers:
