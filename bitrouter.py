@@ -856,12 +856,9 @@ def render_head(first_line: str, headers: Mapping[str, str]) -> bytes:
 def _headers(lines: list[str]) -> Headers:
     if len(lines) > _MAX_FIELDS:
         raise HeadTooLarge(f"there are {len(lines)} headers, at most {_MAX_FIELDS} are accepted")
-    fields_ = [line.partition(":") for line in lines]
-    headers = {name.lower(): value.strip(" \t") for name, _, value in fields_}
-    if len(headers) == len(lines):
-        return headers
-    headers = {}
-    for name, _, value in fields_:
+    headers: Headers = {}
+    for line in lines:
+        name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
             if name in _ONLY_ONCE:
