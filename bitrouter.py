@@ -22860,16 +22860,18 @@ def _part(block: Content) -> JsonObject:
 
 
 def line_of(
-    request: HttpRequest, reply: Reply, call: Call | None, error: BitrouterError | None
+    facts: JsonObject,
+    request: HttpRequest,
+    reply: Reply,
+    call: Call | None,
+    error: BitrouterError | None,
 ) -> JsonObject:
-    """What the log says about a request."""
-    facts: JsonObject = {
-        "method": request.head.method,
-        "path": printable(request.path),
-        "status": error.status if isinstance(error, CallerGone) else reply.status,
-    }
+    """What the log says about a request, beside what is known of it already."""
+    facts["method"] = request.head.method
+    facts["path"] = printable(request.path)
+    facts["status"] = error.status if isinstance(error, CallerGone) else reply.status
     if call:
-        facts |= _call_facts(call)
+        _add_call_facts(facts, call)
     if isinstance(error, BadRequest):  # its message may quote the prompt
         facts |= {"code": error.code, "param": error.param}
     elif error:
@@ -22878,25 +22880,24 @@ def line_of(
     return facts
 
 
-def _call_facts(call: Call) -> dict[str, Any]:
+def _add_call_facts(facts: JsonObject, call: Call) -> None:
     target, usage = call.target, call.usage
-    facts: dict[str, Any] = {"model": printable(call.model), "stream": call.stream}
+    facts["model"] = printable(call.model)
+    facts["stream"] = call.stream
     if target:
-        facts |= {
-            "target": f"{target.name}/{printable(target.model)}",
-            "attempts": call.attempts_made,
-        }
+        facts["target"] = f"{target.name}/{printable(target.model)}"
+        facts["attempts"] = call.attempts_made
     if call.first_at is not None:
         facts["ttft_ms"] = round((call.first_at - call.started_at) * 1000, 1)
     if call.skipped:
         facts["skipped"] = ", ".join(f"{name} ({why})" for name, why in call.skipped.items())
     if usage:
-        facts |= {"in": usage.input_tokens, "out": usage.output_tokens}
+        facts["in"] = usage.input_tokens
+        facts["out"] = usage.output_tokens
         facts["cached"] = usage.cached_tokens
         facts["cost_usd"] = call.cost_usd
     facts["warnings"] = warned_of(call)
     facts["duration_ms"] = round((time.monotonic() - call.started_at) * 1000, 1)
-    return facts
 
 
 def warned_of(call: Call) -> str | None:
@@ -23074,8 +23075,8 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
         error = error if reply.ended else CallerGone("the caller hung up")
         raise
     finally:
-        line = line_of(request, reply, call, error)
-        app.writer.event("request", {"id": request_id, "caller": caller or None, **line})
+        facts = {"id": request_id, "caller": caller or None}
+        app.writer.event("request", line_of(facts, request, reply, call, error))
         if call:
             app.in_flight -= 1
             book(app, call, reply, error)
