@@ -20340,8 +20340,10 @@ class Reply:
 
     def send(self, status: int, body: bytes, headers: Headers = {}) -> None:  # noqa: B006
         """Answer whole."""
-        sized = {"content-length": str(len(body))} if body or status != 204 else {}
-        head = self._head(status, {**headers, **sized})
+        more = dict(headers)
+        if body or status != 204:
+            more["content-length"] = str(len(body))
+        head = self._head(status, more)
         self.ended = True
         self._connection.write(head + body if self._body_wanted else head)
 
@@ -20384,11 +20386,12 @@ class Reply:
             return data
         return b"%x\r\n%b\r\n" % (len(data), data)
 
-    def _head(self, status: int, headers: Headers) -> bytes:
+    def _head(self, status: int, more: Headers) -> bytes:
+        """more: the headers; ours are added to them."""
         self.status = status
         if self._connection.app.draining:
             self.keep_alive = False
-        more = {**headers, **self.extra}
+        more |= self.extra
         if not self.keep_alive or self._minor == 0:
             more["connection"] = "keep-alive" if self.keep_alive else "close"
         return render_head(f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}", more)
