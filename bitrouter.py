@@ -505,8 +505,8 @@ class Document:
     def _span(self, key: str) -> tuple[int, int]:
         """Where a value stands: most often near one end, with nothing nested on the way there."""
         text, quoted = self._text, f'"{key}"'
-        if text.count(quoted) == 1:
-            at = text.index(quoted)
+        at = text.find(quoted)
+        if at >= 0 and text.find(quoted, at + 1) < 0:
             colon = _COLON.match(text, at + len(quoted))
             if colon:
                 value, end = _DECODER.raw_decode(text, colon.end())
@@ -23300,15 +23300,15 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 def _read_call(app: App, request: HttpRequest, asked: _Asked, call: Call) -> None:
     """Understand a request to a model. Raises BadRequest, naming the field."""
-    op, model = call.op, call.model
-    content_type = request.headers.get("content-type", "")
+    op, model, headers = call.op, call.model, call.headers
+    content_type = headers.get("content-type", "")
     media = content_type.partition(";")[0].strip().lower()
     call.at = time.time_ns() // 1_000_000
     call.key = call.caller if app.auth_required else ""
     if app.exporter and app.exporter.traces:
         _begin_trace(app, call, app.exporter.settings)
-    call.strict = request.headers.get("x-bitrouter-strict", "").lower() in ("1", "true")
-    call.explain = request.headers.get("x-bitrouter-explain", "").lower() in ("1", "true")
+    call.strict = headers.get("x-bitrouter-strict", "").lower() in ("1", "true")
+    call.explain = headers.get("x-bitrouter-explain", "").lower() in ("1", "true")
     call.withheld = app.router.key_headers
     if request.query:
         call.query = _without_credentials(request.query)
