@@ -11452,6 +11452,8 @@ class Target:
         virtual, endpoint: the names of the virtual model and of the endpoint in it.
         exacting: it is not to be asked for less than the whole request says.
         key: what health is kept by.
+        name: what messages call it.
+        label: what the log calls it: the model with it.
     """
 
     provider: str
@@ -11484,6 +11486,14 @@ class Target:
     virtual: str = ""
     endpoint: str = ""
     exacting: bool = False
+    key: tuple[str, str, str] = field(init=False)
+    name: str = field(init=False)
+    label: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = self.provider, self.account, self.model
+        self.name = f"{self.provider}:{self.account}" if self.account else self.provider
+        self.label = f"{self.name}/{printable(self.model)}"
 
     @property
     def traits(self) -> Traits:
@@ -11496,14 +11506,6 @@ class Target:
         if self.compatibility and self.compatibility.token_limit_field:
             traits = traits._replace(max_tokens_field=self.compatibility.token_limit_field)
         return traits
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.provider, self.account, self.model
-
-    @property
-    def name(self) -> str:
-        return f"{self.provider}:{self.account}" if self.account else self.provider
 
 
 class _Place(NamedTuple):
@@ -22190,7 +22192,7 @@ async def _in_turn(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]
 
 
 def _note_attempt(app: App, call: Call, target: Target) -> None:
-    facts = {"id": call.id, "target": f"{target.name}/{printable(target.model)}"}
+    facts = {"id": call.id, "target": target.label}
     facts |= {"protocol": target.protocol, "base": target.base}
     app.writer.event("attempt", facts, level="debug")
 
@@ -22383,7 +22385,7 @@ def _blame(app: App, target: Target, error: UpstreamError) -> None:
         return  # one caller's key says nothing about the next one's
     app.health.meter.failed(target, now)
     if app.health.failed(target, error, now):
-        facts = {"target": f"{target.name}/{printable(target.model)}"}
+        facts = {"target": target.label}
         cooling_s = round(app.health.cooling_s(target, now), 1)
         app.writer.event("cooling", {**facts, "seconds": cooling_s, "code": error.code})
 
@@ -22396,7 +22398,7 @@ def _credit(app: App, call: Call, target: Target, started_at: float) -> None:
     if not call.op.generates:
         return
     if app.health.succeeded(target):
-        app.writer.event("recovered", {"target": f"{target.name}/{printable(target.model)}"})
+        app.writer.event("recovered", {"target": target.label})
     if target.limits and usage and call.needs:
         more = usage.input_tokens + usage.output_tokens - call.needs.tokens
         app.health.limits.settle(target, more, call.taken_at, now)
@@ -22526,7 +22528,7 @@ def _note_failure(app: App, call: Call, error: UpstreamError, then: str) -> None
     facts = {
         "id": call.id,
         "attempt": call.attempts,
-        "target": f"{target.name}/{printable(target.model)}",
+        "target": target.label,
         "status": error.status,
         "code": error.code,
         "then": then,
@@ -22902,7 +22904,7 @@ def _add_call_facts(facts: JsonObject, call: Call) -> None:
     facts["model"] = printable(call.model)
     facts["stream"] = call.stream
     if target:
-        facts["target"] = f"{target.name}/{printable(target.model)}"
+        facts["target"] = target.label
         facts["attempts"] = call.attempts_made
     if call.first_at is not None:
         facts["ttft_ms"] = round((call.first_at - call.started_at) * 1000, 1)
