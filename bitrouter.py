@@ -19115,7 +19115,8 @@ class Sweeper:
         self._timer = loop.call_later(self.tick_s, self._sweep, loop)
         for thing in [thing for thing in self._watched if thing.deadline <= now]:
             try:
-                thing.expire(now)
+                if thing.deadline <= now:  # still, whatever the others before it have set going
+                    thing.expire(now)
             except Exception:  # one bug must not take everybody else's deadlines along
                 log.exception("deadline_failed")
                 self.forget(thing)
@@ -19693,6 +19694,23 @@ def _read_proxy(url: str) -> _Proxy:
     return _Proxy(parts.hostname, port, auth)
 
 
+class Signal(asyncio.Future[None]):
+    """A future that tells one listener at once, within `set_result`, and not in the loop's next
+    turn: whoever settles it does so last of all. For tasks it is a future like any other."""
+
+    listener: Callable[[asyncio.Future[Any]], None] | None = None
+
+    def set_result(self, result: None) -> None:
+        super().set_result(result)
+        if self.listener:
+            self.listener(self)
+
+    def set_exception(self, exception: type | BaseException) -> None:
+        super().set_exception(exception)
+        if self.listener:
+            self.listener(self)
+
+
 def fail_future(future: asyncio.Future[None], error: Exception) -> None:
     """Fail it, unless it is settled. Looked at here, for when nobody waits any more."""
     if not future.done():
@@ -20241,8 +20259,11 @@ class Errand:
             return
         # The handshake between a future and who awaits it, as asyncio.Task does it.
         step._asyncio_future_blocking = False  # noqa: SLF001
-        step.add_done_callback(self._go_on)
         self._waiting_for = step
+        if isinstance(step, Signal):
+            step.listener = self._go_on
+        else:
+            step.add_done_callback(self._go_on)
         if self._cancelled:  # while it ran
             self.cancel()
 
@@ -21180,7 +21201,7 @@ def _sink_for(
         return _RawSink(call, reply, target, connection)
     if call.stream:
         return _StreamSink(call, reply, target, connection, translation)
-    done = connection.loop.create_future()
+    done = Signal(loop=connection.loop)
     return Collector(done, partial(_answer, call, reply, target, translation))
 
 
@@ -21736,7 +21757,7 @@ class _StreamSink:
         connection: Connection,
         translation: Translation | None,
     ) -> None:
-        self.done: asyncio.Future[None] = connection.loop.create_future()
+        self.done = Signal(loop=connection.loop)
         self._call = call
         self._reply = reply
         self._target = target
@@ -21912,7 +21933,7 @@ class _RawSink:
     """A sink that passes whatever comes to the caller, if the provider said yes."""
 
     def __init__(self, call: Call, reply: Reply, target: Target, connection: Connection) -> None:
-        self.done: asyncio.Future[None] = connection.loop.create_future()
+        self.done = Signal(loop=connection.loop)
         self._call = call
         self._reply = reply
         self._target = target
@@ -21961,8 +21982,8 @@ class _RawSink:
         if self._reply.status and not self.done.done():
             self._reply.on_flow = None
             self._call.broke = error
-            self.done.set_result(None)
             self._reply.cut()
+            self.done.set_result(None)
         else:
             fail_future(self.done, error)
 
