@@ -78,6 +78,41 @@ provider's id, `now` the monotonic clock in seconds.
 
 from __future__ import annotations
 
+import os
+import sys
+
+_FROM_BYTECODE = """\
+import sys
+del sys.path[0], sys.argv[0]
+import importlib.util
+spec = importlib.util.spec_from_file_location("bitrouter", sys.argv[0])
+module = sys.modules["bitrouter"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+sys.exit(module.main())
+"""
+
+
+def _restart_from_bytecode() -> None:
+    """Serve from the bytecode that Python keeps of what is imported: of a file that it is told to
+    run it keeps the syntax tree, 60 MB of it, for as long as it runs (measured on 3.11). Nothing
+    happens where Python cannot keep bytecode, or is told not to."""
+    from importlib.machinery import SourceFileLoader
+
+    words, folder = sys.argv[1:], os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
+    serves = not words or words[0] == "serve" or words[0].startswith("-")
+    by_name = sys.modules["__main__"].__spec__ is not None  # python -m bitrouter
+    if os.name != "posix" or not serves or by_name or sys.dont_write_bytecode:
+        return
+    if {"-h", "--help", "--version"}.intersection(words) or not os.access(folder, os.W_OK):
+        return
+    SourceFileLoader("bitrouter", __file__).get_code("bitrouter")  # made and kept, if it is not yet
+    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
+    os.execv(sys.executable, [sys.executable, *options, "-c", _FROM_BYTECODE, *sys.argv])  # noqa: S606
+
+
+if __name__ == "__main__":
+    _restart_from_bytecode()  # before all else, for what is imported here is imported there again
+
 import asyncio
 import base64
 import enum
@@ -91,12 +126,10 @@ import json
 import logging
 import math
 import operator
-import os
 import random
 import re
 import socket
 import struct
-import sys
 import threading
 import time
 import zlib
@@ -17491,7 +17524,8 @@ select { max-width: 190px; } #heard { position: absolute; clip-path: inset(50%);
 #state::before, i { content: ""; display: inline-block; width: 8px; height: 8px;
   margin-right: 6px; border-radius: 50%; background: currentColor; }
 #state:not(.warn, .bad)::before { background: var(--accent); }
-#notices { padding: 6px 12px; border-left: 3px solid var(--warn); list-style: none; }
+#notices { flex: 1 0 100%; padding: 6px 12px; list-style: none;
+  border-left: 3px solid var(--warn); }
 body, main, .stack { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
 .stack { align-content: start; } #tables > :first-child { grid-row: span 2; }
 .two { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
@@ -17552,10 +17586,10 @@ h3 { margin: 14px 0 4px; }
   <dl id="facts" class="row"></dl><span class="grow"></span>
   <select id="theme" aria-label="Colours"><option value="">System</option>
     <option value="light">Light</option><option value="dark">Dark</option></select>
+  <ul id="notices" aria-label="Warnings" hidden></ul>
 </header>
 <noscript>Without JavaScript there is JSON at <code>v1/usage</code>, <code>v1/requests</code>,
 <code>v1/models</code> and <code>api/status</code>, text at <code>metrics</code>.</noscript>
-<ul id="notices" aria-label="Warnings" hidden></ul>
 <section id="gate" hidden><form id="gate-form" class="card">
   <h2>This server asks for a key</h2><label for="gate-key">A key of this bitrouter</label>
   <input id="gate-key" type="password" autocomplete="off" required>
@@ -17672,7 +17706,7 @@ const thead = (labels, texts = 1) => make("thead", {}, make("tr", {}, ...labels.
 const some = (items, most, row) => [...items.slice(0, most).map(row),
   ...(items.length > most ? [tr(`and ${count(items.length - most)} more`)] : [])];
 
-/** A table that sorts. columns: [label, field, what to show]. */
+/** A table that sorts. columns: [label, field, text]. */
 function sortable(table, columns) {
   let by = 1, down = true, items = [];
   const body = tbody([]), head = thead(columns.map(([label], i) => button(label, () => {
@@ -17738,7 +17772,7 @@ const askJson = async (path) => (await ask(path)).json();
 function setKey(given) {
   key = given;
   kept("sessionStorage").bitrouterKey = given;
-  [$("gate").hidden, $("main").hidden] = [Boolean(given), !given];
+  [$("gate").hidden, $("main").hidden] = [!!given, !given];
 }
 
 function failed(id, error) {
@@ -17824,7 +17858,7 @@ function barsOf({ data, total }, unit, wanted) {
   for (let i = 0; i < most; i++) {
     const when = end - (most - 1 - i) * step, group = found.get(when) || {};
     const label = unit === "hour" ? local(when).slice(12, 17)
-      : new Date(when).toUTCString().slice(5, 11);  // 25 Nov
+      : new Date(when).toUTCString().slice(5, 11);
     if (i % Math.ceil(most / 120) === 0) out.push({ label });
     const bar = out.at(-1);
     for (const name in total) bar[name] = (bar[name] || 0) + (group[name] || 0);
@@ -17873,8 +17907,9 @@ function drawChart() {
 
 function readOut(label, of) {
   const [text, parts] = metric, unpriced = text === money && sum(of, (g) => g.unpriced);
+  const told = (n) => (unpriced && !n ? "unknown" : text(n));
   fill("readout", `${label}: `
-    + parts.map(([name, , value]) => `${name} ${text(sum(of, value))}`).join(", ")
+    + parts.map(([name, , value]) => `${name} ${told(sum(of, value))}`).join(", ")
     + (unpriced ? `, and ${plural(unpriced, "request")} of unknown cost` : ""));
 }
 
@@ -17951,7 +17986,7 @@ function showLog() {
   $("empty").hidden = found.length > 0 || loading;
   $("empty-code").hidden = filtered;
   fill("empty-note", filtered ? "Nothing matches."
-    : "No requests yet. Try the built-in model, which costs nothing:");
+    : "No requests yet. The built-in model costs nothing:");
 }
 
 function rowOf(receipt) {
@@ -18007,7 +18042,7 @@ async function follow() {
       if (live) load("newest");
       const answer = await ask("api/events", signal);
       fill("stream", "live");
-      [againDue, usageStale] = [now() + 1500, true];  // the ledger is a moment behind
+      [againDue, usageStale] = [now() + 1500, true];
       await readEvents(answer.body.getReader(), () => { tries = 0; });
     } catch (error) { failed("stream", error); }
     if (signal.aborted) return;
@@ -18075,7 +18110,7 @@ function attempts(r) {
     return tr(joined(a.provider, a.account, a.model), td(a.protocol), td(`${a.status} ${a.code}`,
       a.code ? "bad" : ""), td(duration(a.began_ms)), td(duration(a.took_ms)), td(bar));
   });
-  return make("div.scroll", {}, make("table", {},
+  return make("div.scroll", { tabindex: 0 }, make("table", {},
     thead(["Target", "Protocol", "Outcome", "Began", "Took", "When"], 6), tbody(rows)));
 }
 
@@ -18236,7 +18271,7 @@ function tick() {
   const at = now();
   if (at >= usageDue && usageStale) refreshUsage();
   if (at >= statusDue) refreshStatus();
-  if (at >= againDue) { againDue = Infinity; load("again"); }
+  if (at >= againDue) { againDue = at + 30e3; load("again"); }
   if (at >= announceDue && ended) {  // a sum now and then, for those who listen to the page
     fill("heard", `${plural(ended, "request")}, ${plural(errors, "error")}`);
     [ended, errors, announceDue] = [0, 0, at + 15e3];
