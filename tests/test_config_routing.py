@@ -4,7 +4,6 @@ them and where; the schema of the file, what is in force, and the commands that 
 from __future__ import annotations
 
 import json
-import os
 import random
 import tomllib
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pytest
+from support import Ran
 from test_config import FULL, SECRETS
 
 import bitrouter
@@ -1360,36 +1360,6 @@ def test_all_that_the_file_says_is_shown() -> None:
 
 
 # The command line.
-
-
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., Ran]:
-    """A command in this process, with a file and an environment of its own."""
-
-    def command(*args: str, text: str | None = None, **environ: str) -> Ran:
-        with monkeypatch.context() as patch:
-            for name in list(os.environ):
-                patch.delenv(name)
-            for name, value in {"HOME": str(tmp_path), **environ}.items():
-                patch.setenv(name, value)
-            if text is not None:
-                (tmp_path / "c.toml").write_text(text)
-                args = (*args, "-c", "c.toml")
-            status = bitrouter.main(list(args))
-        return Ran(status, *capsys.readouterr())
-
-    return command
 
 
 def test_a_file_is_validated_with_all_its_counts(run: Callable[..., Ran]) -> None:
