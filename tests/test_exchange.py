@@ -1127,7 +1127,7 @@ async def test_who_speaks_of_functions_hears_of_them_in_a_stream(hop: Any) -> No
 
 # Time, and what the answer costs.
 
-IMPATIENT = "[upstream]\ntimeouts = {first_token_s = 0.05, idle_s = 0.05, total_s = 0.05}\n"
+IMPATIENT = "[upstream]\ntimeouts = {first_token_s = 0.02, idle_s = 0.02, total_s = 0.02}\n"
 
 
 @pytest.mark.parametrize("pair", CROSS)

@@ -1207,43 +1207,19 @@ def configured(f: Fleet, toml: str, environ: dict[str, str] | None = None) -> bi
     return loaded.config
 
 
-class Paced:
-    """A provider whose streams go on when they are told to."""
-
-    def __init__(self) -> None:
-        self.go_on = asyncio.Event()
-        self.asked = 0
-        self.base = ""
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            size = next(
-                int(line.partition(b":")[2])
-                for line in head.split(b"\r\n")
-                if line.lower().startswith(b"content-length:")
-            )
-            await reader.readexactly(size)
-            self.asked += 1
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
-            writer.write(b"".join(CHAT_STREAM[:2]))
-            await self.go_on.wait()
-            writer.write(b"".join(CHAT_STREAM[2:]))
-            await writer.drain()
-        writer.close()
-
-
 @asynccontextmanager
-async def paced() -> AsyncIterator[Paced]:
-    up = Paced()
-    async with await asyncio.start_server(up.serve, "127.0.0.1", 0) as server:
-        up.base = "http://{}:{}/v1".format(*server.sockets[0].getsockname())
-        yield up
+async def paced(provider: Any) -> AsyncIterator[tuple[FakeProvider, asyncio.Event]]:
+    """A provider whose streams go on when they are told to."""
+    go_on = asyncio.Event()
+    async with provider(stream(*CHAT_STREAM[:2], go_on, *CHAT_STREAM[2:])) as up:
+        yield up, go_on
 
 
-async def test_a_stream_finishes_by_the_configuration_it_began_with(fleet: Any) -> None:
-    table = '[providers.slow]\napi_base = "{}"\nmodels = [{{id = "s"}}]\n'
-    async with paced() as up, fleet(OK, toml=table.format(up.base)) as f:
+async def test_a_stream_finishes_by_the_configuration_it_began_with(
+    fleet: Any, provider: Any
+) -> None:
+    table = '[providers.slow]\napi_base = "{}/v1"\nmodels = [{{id = "s"}}]\n'
+    async with paced(provider) as (up, go_on), fleet(OK, toml=table.format(up.base)) as f:
         async with f.gw.caller() as caller:
             body = {"model": "s", "messages": HELLO, "stream": True}
             caller.send(request_bytes("POST", CHAT_PATH, body))
@@ -1252,7 +1228,7 @@ async def test_a_stream_finishes_by_the_configuration_it_began_with(fleet: Any) 
             f.gw.app.configure(configured(f, NO_RETRY + tables(f.ups, [f.protocol])))
             assert (await f.ask("s")).status == 404
             assert await f.served() == "a"
-            up.go_on.set()
+            go_on.set()
             text = b"".join([piece async for piece in caller._chunks()])
             assert text.endswith(DONE) and b"lo!" in text
         await until(lambda: len(f.gw.lines()) == 3)
@@ -1336,15 +1312,17 @@ async def test_callers_keys_change_with_the_configuration(fleet: Any) -> None:
         assert (await f.ask(headers={"x_api_key": "sk-two"})).status == 200
 
 
-async def test_the_slower_call_is_cancelled_while_the_faster_still_streams(hedged: Any) -> None:
-    async with paced() as fast:
-        table = f'[providers.fast]\napi_base = "{fast.base}"\nmodels = [{{id = "s"}}]\n'
+async def test_the_slower_call_is_cancelled_while_the_faster_still_streams(
+    hedged: Any, provider: Any
+) -> None:
+    async with paced(provider) as (fast, go_on):
+        table = f'[providers.fast]\napi_base = "{fast.base}/v1"\nmodels = [{{id = "s"}}]\n'
         async with hedged(HANGS, toml=table) as f, f.gw.caller() as caller:
             body = {"models": ["a:m", "fast:s"], "messages": HELLO, "stream": True}
             caller.send(request_bytes("POST", CHAT_PATH, body))
             assert (await caller.head())[1]["x-bitrouter-provider"] == "fast"
             await hung_up(f.ups[0])
-            fast.go_on.set()
+            go_on.set()
             assert b"".join([piece async for piece in caller._chunks()]).endswith(DONE)
 
 
@@ -1445,7 +1423,13 @@ async def test_no_caller_sees_a_failure_while_one_target_is_well(gateway: Any, h
 # A server of its own.
 
 ROOT = Path(bitrouter.__file__).parent
-COMMAND = (sys.executable, "-c", "import sys, bitrouter; sys.exit(bitrouter.main())")
+# The installed command, in a greater hurry: it looks at its files and its workers more often.
+HURRIED = """
+import sys, bitrouter
+bitrouter._WATCH_EVERY_S, bitrouter._RESTART_S = 0.05, 0.2
+sys.exit(bitrouter.main())
+"""
+COMMAND = (sys.executable, "-c", HURRIED)
 
 
 class Server:
@@ -1544,8 +1528,8 @@ def one_provider(base: str, key: str = "") -> str:
 async def test_a_server_takes_up_what_changes_while_a_stream_runs(
     server: Any, provider: Any
 ) -> None:
-    async with provider(OK) as up, paced() as slow, server() as s:
-        table = f'[providers.slow]\napi_base = "{slow.base}"\nmodels = [{{id = "s"}}]\n'
+    async with provider(OK) as up, paced(provider) as (slow, go_on), server() as s:
+        table = f'[providers.slow]\napi_base = "{slow.base}/v1"\nmodels = [{{id = "s"}}]\n'
         (s.home / "key.txt").write_text("sk-file-one\n")
         mine = one_provider(f"{up.base}/v1", "file:key.txt")
         s.write(mine + table)
@@ -1583,7 +1567,7 @@ async def test_a_server_takes_up_what_changes_while_a_stream_runs(
             assert (await s.served("s")).status == 404
 
             # and the stream, that has seen none of it
-            slow.go_on.set()
+            go_on.set()
             assert b"".join([piece async for piece in caller._chunks()]).endswith(DONE)
         facts = (await s.asked("GET", "/status")).json()
         assert facts["reloads"] >= 2 and facts["active"].keys() == {"up"}
@@ -1668,8 +1652,8 @@ async def test_two_workers_serve_and_one_that_is_killed_is_replaced(
         assert status == 0 and {one["pid"] for one in told["workers"]} == pids
         assert sum(one["targets"].get("up/m", {}).get("answers", 0)
                    for one in told["workers"]) == 12  # fmt: skip
-        while (await s.asked("GET", "/status", 2)).json()["uptime_s"] < 1.1:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        while (await s.asked("GET", "/status", 2)).json()["uptime_s"] < 0.3:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
         os.kill(facts[1]["pid"], signal.SIGKILL)
         await s.said("worker_died")
         new = 0
