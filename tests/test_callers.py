@@ -9,7 +9,7 @@ import random
 import re
 import socket
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -28,6 +28,7 @@ from support import (
     request_bytes,
     slices,
     stream,
+    until,
 )
 
 import bitrouter
@@ -38,12 +39,6 @@ HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
 )
 GEMINI = "/v1beta/models/google/gemini-2.5-flash:streamGenerateContent"
-
-
-async def until(true: Callable[[], Any]) -> None:
-    """Wait for something that nobody announces; the test's own deadline bounds it."""
-    while not true():  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
 
 
 def echo(text: str = "Hi") -> bytes:

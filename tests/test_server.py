@@ -13,12 +13,22 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import CHAT_ANSWER, CHAT_STREAM, Answer, Caller, Reply, ask, request_bytes, stream
+from support import (
+    CHAT_ANSWER,
+    CHAT_STREAM,
+    Answer,
+    Caller,
+    Reply,
+    ask,
+    request_bytes,
+    stream,
+    until,
+)
 
 import bitrouter
 
@@ -26,12 +36,6 @@ CHAT = "/v1/chat/completions"
 KEY = "br-secret-caller-key"
 KEYS = {"BITROUTER_KEYS": KEY}
 REQUIRED = '[server]\nauth = "required"\n'
-
-
-async def until(true: Callable[[], Any]) -> None:
-    """Wait for something that nobody announces; the test's own deadline bounds it."""
-    while not true():  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
 
 
 def free_port() -> int:

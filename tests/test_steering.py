@@ -32,8 +32,9 @@ from support import (
     chat_chunk,
     request_bytes,
     stream,
+    until,
 )
-from test_attempts import CHAT_PATH, SPOKEN, no, until
+from test_attempts import CHAT_PATH, SPOKEN, no
 
 import bitrouter
 
