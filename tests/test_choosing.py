@@ -378,6 +378,13 @@ def test_every_later_turn_of_a_conversation_has_the_key_of_the_first(
     assert named.goes_on
 
 
+def test_what_a_tool_was_asked_and_said_is_a_later_turn() -> None:
+    first = {"input": [responses_turn("user", "Hello")]}
+    later = [{"type": "function_call", "name": "f"}, {"type": "function_call_output"}]
+    gone_on = {"input": [*first["input"], *later]}
+    assert session_of({}, gone_on, "me") == session_of({}, first, "me")._replace(goes_on=True)
+
+
 def test_conversations_that_begin_otherwise_have_other_keys() -> None:
     bodies: list[dict[str, Any]] = [
         HELLO,
@@ -558,6 +565,9 @@ def test_a_ranking_says_what_it_is_founded_on() -> None:
     assert said["t:throughput"][key] == "42 tokens per second"
     assert said["t:cost"][key] == "$1 per million tokens"
     assert said["t:latency"][new] == said["t:throughput"][new] == "not measured yet"
+    prices = fleet.choose("m:cost").notes
+    assert prices[fleet.target("bb").key] == "$1.25 per million tokens"  # three to one
+    assert prices[fleet.target("cc").key] == "its price is not known"
 
 
 def test_a_requests_own_order_goes_before_any_ranking() -> None:
@@ -950,6 +960,9 @@ ROOMS: list[tuple[dict[str, str], list[tuple[str, float, float, float]]]] = [
     (openai("requests", "inf"),                        []),
     (openai("requests", 0, 10, ""),                    []),
     (openai("images", 0),                              []),
+    (openai("requests", "nan"),                        []),
+    (openai("requests", 0, 10, "soon"),                []),
+    ({"x-ratelimit-remaining-requests": "0"},          []),
     ({},                                               []),
 ]
 # fmt: on
@@ -998,6 +1011,17 @@ def test_who_has_next_to_nothing_left_goes_after_the_others_until_its_reset(
     assert fleet.health.room(NOW + 1)["aa/m"]
     assert fleet.order("m", now=NOW + 31) == "abc"
     assert not fleet.health.is_near_limit(target, NOW + 31) and fleet.health.room(NOW + 31) == {}
+    assert not fleet.health.troubled
+
+
+def test_requests_that_are_on_their_way_count_against_what_is_left() -> None:
+    fleet = Fleet()
+    target = fleet.target("aa")
+    fleet.health.saw(target, openai("requests", 4), NOW, WALL)
+    for _ in range(2):
+        assert not fleet.health.is_near_limit(target, NOW + 1)
+        fleet.health.begin(target, NOW + 1, 5.0)
+    assert fleet.health.is_near_limit(target, NOW + 1)
 
 
 def test_the_newest_word_of_a_vendor_counts() -> None:

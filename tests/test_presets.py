@@ -408,7 +408,7 @@ def test_each_field_of_provider_is_read(field: str, value: Any, wishes: Wishes) 
     assert wishes_in({field: value}) == wishes
 
 
-NEITHER_LIST_NOR_STRING = (5, True, {"a": 1}, [None], ["a", 5], [["a"]])
+NEITHER_LIST_NOR_STRING: tuple[Any, ...] = (5, True, {}, {"a": 1}, [None], ["a", 5], [["a"]])
 WRONG: dict[str, tuple[Any, ...]] = {
     "sort": (5, False, ["cost"], "fastest", "Cost", "", {"by": "fastest"}, {"by": 5}),
     "order": NEITHER_LIST_NOR_STRING,
@@ -450,6 +450,15 @@ def test_an_option_that_is_not_known_gets_a_near_miss_or_all_that_are() -> None:
     with pytest.raises(BadRequest, match="known are allow_fallbacks, ignore, max_price, only"):
         wishes_in({"zzzz": 1})
     assert near.value.param == "provider.ingore"
+
+
+@pytest.mark.parametrize(
+    "provider",
+    [{"tags": ["x" * 129]}, {"ignore": ["openai"] * 65}, {"only": ["y" * 10_000_000]}],
+)
+def test_wishes_are_bounded(provider: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="at most 64 names of 128 characters"):
+        wishes_in(provider)
 
 
 # fmt: off
@@ -542,6 +551,19 @@ def test_two_sets_of_wishes_are_one_that_is_narrower_than_either(
     assert narrowed(wide, more) == both
 
 
+def test_what_two_sets_of_wishes_leave_is_what_both_leave() -> None:
+    rng, router = random.Random(5), routed()
+
+    def served(wishes: Wishes) -> set[str]:
+        found = outcome(router, "m", wishes)
+        return {t.provider for t in found.chain} if isinstance(found, Route) else set()
+
+    for _ in range(150):
+        one, other = (some_wishes(rng, ["aa", "bb", "cc"]) for _ in range(2))
+        one, other = (w._replace(order=(), allow_fallbacks=True) for w in (one, other))
+        assert served(narrowed(one, other)) == served(one) & served(other)
+
+
 def test_two_lists_of_providers_with_nothing_in_common_leave_nobody() -> None:
     nobody = narrowed(Wishes(only=("aa",)), Wishes(only=("bb",)))
     assert refusal(routed(), "m", nobody).code == "no_eligible_provider"
@@ -624,6 +646,14 @@ def test_models_whose_keys_are_missing_are_left_out_until_none_is_left() -> None
     assert [target.provider for target in found.chain] == ["anthropic", "cc"]
     error = refusal(routed(), models[:2])
     assert isinstance(error, KeyMissing) and "OPENAI_API_KEY" in error.message
+
+
+def test_the_entries_of_a_chain_keep_their_order_whatever_is_drawn() -> None:
+    found = ask(("cc:m", "@drawn"))
+    assert [(leg.group, leg.weight) for leg in found.legs][:3] == [(0, 0.0), (1, 3.0), (1, 1.0)]
+    chosen = choose(found, None, Health(Breaker()), 0.0, draw=lambda: 0.9)
+    assert [place(target) for target in chosen.chain][:2] == ["cc:m", "cc:n"]
+    assert place(chosen.chain[-1]) == "cc:other"
 
 
 # --- virtual models
@@ -720,6 +750,22 @@ def test_the_lab_goes_first_then_who_sells_it_then_gateways_and_the_rank_can_be_
     assert ranked[-1] == "zai" and sorted(ranked) == sorted(plain)
     asked = routed("", **keys).resolve("glm-4.7", CHAT_OP, Wishes(order=("novita", "zai")))
     assert [t.provider for t in asked.chain][:3] == ["novita", "zai", "cerebras"]
+
+
+RANKED = """
+provider_priority = ["gateway", "first-party-api"]
+[providers.special]
+api_base = "http://10.0.0.9/v1"
+derives = "openai"
+priority = 0
+"""
+
+
+def test_what_derives_serves_its_models_once_it_has_a_rank() -> None:
+    environ = {f"{name}_API_KEY": "k" for name in ("OPENAI", "OPENROUTER", "SPECIAL")}
+    chain = routed(RANKED, **environ).resolve("gpt-5.4", CHAT_OP).chain
+    assert [target.provider for target in chain] == ["special", "openrouter", "openai"]
+    assert chain[0].price == chain[2].price
 
 
 # fmt: off
@@ -842,6 +888,34 @@ def test_what_lacks_nothing_serves_and_alone_is_listed() -> None:
     assert who(whole.resolve("vague", CHAT_OP)) == ["aa:n"]
     assert whole.resolve("@broken", CHAT_OP).chain[0].shape.params == {"user": "me"}
     assert {"@broken", "@somewhere", "vague"} <= {one.id for one in whole.listing()}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[providers.openai]\napi_key = 'k'\napi_base = '${NOPE}'\n",
+        "[providers.openai]\napi_key = 'k'\nextra_headers = {a = '${NOPE}'}\n",
+        "[providers.openai]\naccounts = [{api_key = '${NOPE}'}]\n",
+        "[providers.openai]\napi_key = 'file:nowhere'\n",
+    ],
+)
+def test_a_provider_that_lacks_something_is_not_used_with_half_of_it(text: str) -> None:
+    def nothing(name: str) -> str:
+        raise FileNotFoundError(2, "No such file or directory", name)
+
+    loaded = parse_config(text, {}, "c.toml", nothing)
+    assert loaded.problems == [] and loaded.fatal == [] and len(loaded.unset) == 1
+    active, warnings = active_providers(loaded.config, {})
+    assert "openai" not in active and "openai is off" in warnings[0]
+    with pytest.raises(KeyMissing, match=r"NOPE|nowhere"):
+        Router(loaded.config, active).resolve("openai/gpt-4o", CHAT_OP)
+
+
+def test_a_preset_that_leads_nowhere_is_not_listed_and_breaks_nothing() -> None:
+    router = routed("[presets.p]\nmodel = 'nobodys/model'\n", OPENAI_API_KEY="k")
+    listed = {one.id for one in router.listing()}
+    assert "@p" not in listed and "openai/gpt-4o-mini" in listed
+    assert refusal(router, "@p").code == "model_not_found"
 
 
 # --- any configuration
@@ -1006,3 +1080,14 @@ def test_any_preset_narrows_its_own_model_as_its_routing_says(seed: int) -> None
             here = asked.endswith(":here") or config["presets"][name]["model"].endswith(":here")
             tags = ("eu",) if here and "/" not in asked else ()
             assert all(satisfies(target, Wishes(tags=tags), router) for target in found.chain)
+
+
+def test_any_name_is_an_answer_or_a_clear_error() -> None:
+    rng, router = random.Random(7), routed(OPENAI_API_KEY="k")
+    pieces = ["@", "main", "/", ":", "m", "cost", "aa", "openai", "gpt-4o", "::", ".", "é", "eu"]
+    for _ in range(400):
+        found = outcome(router, "".join(rng.choices(pieces, k=rng.randrange(1, 7))), NO_WISHES)
+        if isinstance(found, BitrouterError):
+            assert found.message and found.status in (400, 402, 404, 501)
+        else:
+            assert found.chain

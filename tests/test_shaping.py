@@ -460,6 +460,20 @@ def test_tools_are_said_in_each_protocols_words_and_only_to_who_has_none() -> No
         assert shape_of(own, Shape(TOOLS), protocol)["tool_choice"] == "auto"
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
+          "additionalProperties": False}  # fmt: skip
+
+
+def test_a_format_is_said_in_the_words_of_each_protocol() -> None:
+    wanted = {"name": "r", "strict": True, "schema": SCHEMA}
+    params = {"response_format": {"type": "json_schema", "json_schema": wanted}}
+    told = {protocol: shape_of({}, Shape(params), protocol) for protocol in ApiProtocol}
+    assert told[CC] == params
+    assert told[RE]["text"]["format"]["schema"] == SCHEMA
+    assert told[ME]["output_config"]["format"]["schema"] == SCHEMA
+    assert told[GC]["generationConfig"]["responseJsonSchema"] == SCHEMA
+
+
 # --- system prompts
 
 
@@ -539,6 +553,8 @@ SYSTEMS: list[tuple[Any, ...]] = [
     (GC, {"systemInstruction": "S"}, {"systemInstruction": "S"}, {"systemInstruction": "P\n\nS"},
      gemini("P")),
     (GC, {"systemInstruction": {}}, *[gemini("P")] * 3),
+    (GC, {"systemInstruction": {"role": "user"}}, {"systemInstruction": {"role": "user"}},
+     gemini("P", role="user"), gemini("P")),
     (GC, {"systemInstruction": {"parts": {"text": "S"}}},
      {"systemInstruction": {"parts": {"text": "S"}}}, gemini("P", "S"), gemini("P")),
 ]
