@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support import router_of
 
 from bitrouter import (
     CHAT_OP,
@@ -23,16 +24,13 @@ from bitrouter import (
     Meter,
     Needs,
     RateLimit,
-    Router,
     Speed,
     Target,
     UpstreamBroken,
     UpstreamKeyRefused,
     Wishes,
-    active_providers,
     choose,
     needs_of,
-    parse_config,
     rooms_in,
     session_of,
     share_of,
@@ -82,9 +80,7 @@ NOW = 10_000.0
 
 class Fleet:
     def __init__(self, **environ: str) -> None:
-        loaded = parse_config(FLEET, environ)
-        assert loaded.problems == []
-        self.router = Router(loaded.config, active_providers(loaded.config, environ)[0])
+        self.router = router_of(FLEET, environ)
         self.health = Health(Breaker(failures=3, window_s=60, cooldown_s=30))
 
     def choose(
@@ -787,9 +783,7 @@ def test_accounts_have_a_limit_each() -> None:
     toml = FLEET.replace(
         "[providers.bb]", '[providers.bb]\nrate_limits = {"m*" = {requests_per_minute = 1}}'
     )
-    loaded = parse_config(toml, {})
-    router = Router(loaded.config, active_providers(loaded.config, {})[0])
-    one, two = router.resolve("bb:m", CHAT_OP).chain
+    one, two = router_of(toml).resolve("bb:m", CHAT_OP).chain
     limits = Limits()
     limits.take(one, 1, 0.0)
     assert (limits.wait_s(one, 1, 1.0), limits.wait_s(two, 1, 1.0)) == (59.0, 0.0)

@@ -8,21 +8,19 @@ import threading
 from dataclasses import replace
 
 import pytest
+from support import router_of
 
 import bitrouter
 from bitrouter import (
     CHAT_OP,
     Breaker,
     Health,
-    Router,
     Target,
     UpstreamBroken,
     UpstreamError,
     UpstreamKeyRefused,
     UpstreamLimited,
     UpstreamNoCredit,
-    active_providers,
-    parse_config,
 )
 
 RULES = Breaker(failures=3, window_s=60.0, cooldown_s=30.0)
@@ -35,10 +33,7 @@ def chain_of(
     model: str = "openai/gpt-4o", toml: str = "", environ: dict[str, str] | None = None
 ) -> tuple[Target, ...]:
     environ = BOTH if environ is None else environ
-    loaded = parse_config(toml, environ)
-    assert not loaded.problems
-    active, _ = active_providers(loaded.config, environ)
-    return Router(loaded.config, active).resolve(model, CHAT_OP).chain
+    return router_of(toml, environ).resolve(model, CHAT_OP).chain
 
 
 def limited(retry_after_s: float) -> UpstreamError:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Ran
+from support import Ran, router_of
 
 from bitrouter import (
     CHAT_OP,
     Migration,
     MigrationError,
-    Router,
-    active_providers,
     migrate_tensorzero,
     parse_config,
     preset_name,
@@ -317,9 +315,7 @@ def test_functions_become_presets_and_their_variants_candidates() -> None:
 
 def test_what_was_migrated_can_be_asked_for() -> None:
     environ = dict.fromkeys(("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY"), "k")
-    loaded = parse_config(moved(FUNCTIONS).text, environ)
-    assert not loaded.problems
-    router = Router(loaded.config, active_providers(loaded.config, environ)[0])
+    router = router_of(moved(FUNCTIONS).text, environ)
     chain = router.resolve("@answer", CHAT_OP).chain
     assert [target.preset for target in chain] == ["answer.a", "answer.b", "answer.c"]
     assert chain[0].shape.system == "You are terse. Costs ${5}."

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 import pytest
+from support import router_of
 
 from bitrouter import (
     CHAT_OP,
@@ -106,9 +107,7 @@ endpoints = [{provider = "cc", service_id = "n"}]
 
 
 def routed(toml: str = FLEET, name: str = "bitrouter.toml", **environ: str) -> Router:
-    loaded = parse_config(toml, environ, name)
-    assert loaded.problems == []
-    return Router(loaded.config, active_providers(loaded.config, environ)[0])
+    return router_of(toml, environ, name)
 
 
 def ask(model: str | tuple[str, ...], wishes: Wishes = NO_WISHES, **environ: str) -> Route:

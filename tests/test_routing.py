@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support import router_of
 
 import bitrouter
 from bitrouter import (
@@ -56,10 +57,7 @@ def keys(*idents: str) -> dict[str, str]:
 
 
 def router(toml: str = "", *idents: str, **environ: str) -> Router:
-    environ = {**keys(*idents), **environ}
-    loaded = parse_config(toml, environ)
-    assert not loaded.problems
-    return Router(loaded.config, active_providers(loaded.config, environ)[0])
+    return router_of(toml, {**keys(*idents), **environ})
 
 
 def chain(route: Route) -> list[str]:

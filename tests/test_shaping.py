@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support import router_of
 
 from bitrouter import (
     CHAT_OP,
@@ -18,12 +19,9 @@ from bitrouter import (
     Change,
     ChatCompatibility,
     Document,
-    Router,
     Shape,
     Target,
-    active_providers,
     finished,
-    parse_config,
     shaped,
 )
 
@@ -624,10 +622,7 @@ params = {temperature = 0.5}
 
 
 def target_of(model: str, toml: str = LAYERS) -> Target:
-    loaded = parse_config(toml, {})
-    assert loaded.problems == []
-    router = Router(loaded.config, active_providers(loaded.config, {})[0])
-    [target] = router.resolve(model, CHAT_OP).chain
+    [target] = router_of(toml).resolve(model, CHAT_OP).chain
     return target
 
 
