@@ -130,13 +130,6 @@ def test_a_good_file_is_valid_without_its_secrets(good: str, run: Callable[..., 
     assert warning.startswith(f"{good}:3: ") and "MY_KEY is not set" in warning
 
 
-def test_a_bad_file_is_told_all_its_problems(bad: str, run: Callable[..., Ran]) -> None:
-    ran = run("config", "validate", "-c", bad)
-    assert (ran.status, ran.json()["valid"]) == (1, False)
-    places = [said.removeprefix(bad).split(" ")[0] for said in ran.json()["errors"]]
-    assert places == [":2:", ":3:", ":5:"]
-
-
 def test_people_get_columns(good: str, bad: str, run: Callable[..., Ran]) -> None:
     assert run("config", "validate", "-c", good, "--human", MY_KEY="k") == Ran(
         0, f"ok  {good}\n", ""
@@ -254,6 +247,95 @@ def test_all_models_are_the_catalogue_and_can_be_narrowed(run: Callable[..., Ran
 def test_models_of_a_provider_that_does_not_exist_are_an_error(run: Callable[..., Ran]) -> None:
     status, _, err = run("models", "-p", "opnai")
     assert status == 1 and "openai" in err
+
+
+OFFER = """
+inherit_defaults = false
+[providers.big]
+api_base = "http://big/v1"
+[[providers.big.models]]
+id = "seer"
+capabilities = ["image_input", "tools"]
+context = 200000
+pricing = {input = 4, output = 8}
+[[providers.big.models]]
+id = "talker"
+capabilities = ["audio_output"]
+context = 32000
+pricing = {input = 0.5, output = 1}
+[providers.small]
+api_base = "http://small/v1"
+[[providers.small.models]]
+id = "reader"
+capabilities = ["file_input", "reasoning"]
+context = 8000
+pricing = {input = 0, output = 0}
+[[providers.small.models]]
+id = "unknown"
+"""
+
+# fmt: off
+FILTERS: list[tuple[tuple[str, ...], set[str]]] = [
+    ((),                                      {"seer", "talker", "reader", "unknown"}),
+    (("-p", "big"),                           {"seer", "talker"}),
+    (("--provider", "small"),                 {"reader", "unknown"}),
+    (("--capability", "tools"),               {"seer"}),
+    (("--capability", "reasoning"),           {"reader"}),
+    (("--capability", "video_input"),         set()),
+    (("--modality", "text"),                  {"seer", "talker", "reader", "unknown"}),
+    (("--modality", "image"),                 {"seer"}),
+    (("--modality", "audio"),                 {"talker"}),
+    (("--modality", "pdf"),                   {"reader"}),
+    (("--max-price", "0"),                    {"reader"}),
+    (("--max-price", "0.5"),                  {"reader", "talker"}),
+    (("--max-price", "3.99"),                 {"reader", "talker"}),
+    (("--max-price", "4"),                    {"reader", "talker", "seer"}),
+    (("--min-context", "8001"),               {"talker", "seer"}),
+    (("--min-context", "32000"),              {"talker", "seer"}),
+    (("--min-context", "1000000"),            set()),
+    (("-p", "big", "--max-price", "1"),       {"talker"}),
+    (("--modality", "image", "--min-context", "9", "--capability", "tools"), {"seer"}),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("args", "wanted"), FILTERS)
+def test_models_are_narrowed(
+    args: tuple[str, ...], wanted: set[str], run: Callable[..., Ran]
+) -> None:
+    rows = run("models", *args, text=OFFER).json()["models"]
+    assert {row["id"].rpartition("/")[2] for row in rows} - {"echo"} == wanted
+
+
+def test_a_model_of_the_file_is_listed_as_it_says(run: Callable[..., Ran]) -> None:
+    [row] = [row for row in run("models", text=OFFER).json()["models"] if "seer" in row["id"]]
+    assert (row["providers"], row["context"]) == (["big"], 200000)
+    assert sorted(row["capabilities"]) == ["image_input", "tools"]
+    assert (row["usd_per_million_input"], row["usd_per_million_output"]) == (4, 8)
+
+
+# fmt: off
+NO_FILTERS = [
+    (("-p", "bgi"),                           "--provider: 'bgi' is not known; "),
+    (("--capability", "tool"),
+     "--capability: 'tool' is not known; did you mean tools"),
+    (("--capability", "zzz"),
+     "--capability: 'zzz' is not known; known are tools, "),
+    (("--modality", "imge"),
+     "--modality: 'imge' is not known; did you mean image"),
+    (("--max-price", "cheap"),                "--max-price: expected a number, got 'cheap'"),
+    (("--max-price=-1",),                     "--max-price: expected a number, got '-1'"),
+    (("--min-context", "1e5"),                "--min-context: expected a number, got '1e5'"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("args", "said"), NO_FILTERS)
+def test_a_filter_that_makes_no_sense_is_an_error(
+    args: tuple[str, ...], said: str, run: Callable[..., Ran]
+) -> None:
+    status, out, err = run("models", *args, text=OFFER)
+    assert (status, out) == (1, "") and err.startswith(f"bitrouter: {said}")
 
 
 def test_a_route_is_told_in_order_with_reasons(run: Callable[..., Ran]) -> None:

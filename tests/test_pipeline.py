@@ -23,8 +23,6 @@ from support import (
     until,
 )
 
-from bitrouter import Listed, ModelFilter, Price, model_filter
-
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
 GEMINI = "/v1beta/models/gemini-2.5-flash:generateContent"
 GEMINI_ANSWER = {"candidates": [{"content": {"parts": [{"text": "Hello!"}]}}]}
@@ -872,24 +870,6 @@ async def test_echo_refuses_an_empty_conversation(front: Any) -> None:
     async with front(keys=()) as f:
         answer = await f.caller.post(MESSAGES, {"model": "echo/echo", "messages": []})
         assert (answer.status, told(answer)) == (400, ("anthropic", "invalid_request"))
-
-
-# Lists of models.
-
-
-def test_a_list_is_narrowed_by_each_field() -> None:
-    mini = Listed("x", ("openai",), None, 1000, 0, ("tools", "image_input"), Price(2.0, 3.0))
-    yes: list[dict[str, str]] = [
-        {}, {"provider": "openai"}, {"capability": "tools"}, {"modality": "image"},
-        {"max_price": "2"}, {"min_context": "1000"},
-    ]  # fmt: skip
-    no: list[dict[str, str]] = [
-        {"provider": "groq"}, {"capability": "reasoning"}, {"modality": "pdf"},
-        {"max_price": "1.99"}, {"min_context": "1001"},
-    ]  # fmt: skip
-    assert all(model_filter(asked, ())(mini) for asked in yes)
-    assert not any(model_filter(asked, ())(mini) for asked in no)
-    assert ModelFilter()(mini)
 
 
 # Numbers, depths and names that go too far.
