@@ -1,8 +1,6 @@
 """The acceptance cases of translation, by number: a caller of one protocol, a provider of another.
 
-A case is named by its pair: CM is a Chat Completions caller in front of a Messages provider. What
-comes back is read here by a small reader per protocol, which asserts what the protocol's own SDKs
-would stumble over; nothing of the product takes part in the reading.
+A case is named by its pair: CM is a Chat Completions caller in front of a Messages provider.
 """
 
 from __future__ import annotations
