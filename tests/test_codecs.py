@@ -488,6 +488,7 @@ NAMED_NOT_STRICT = {
     "no space": b'event: a\ndata:{"a":1}\n\n',
     "no space after event": b'event:a\ndata: {"a":1}\n\n',
     "data first": b'data: {"a":1}\nevent: a\n\n',
+    "a bare CR": b'event: a\ndata: {"a":\r1}\n\n',
     "an id line": b'event: a\ndata: {"a":1}\nid: 1\n\n',
     "an id line first": b'id: 1\nevent: a\ndata: {"a":1}\n\n',
     "two data lines": b'event: a\ndata: {"a":\ndata: 1}\n\n',
