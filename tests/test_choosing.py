@@ -74,6 +74,8 @@ candidates = [
   {model = "aa:m", weight = 6}, {model = "bb:m", weight = 3}, {model = "cc:m", weight = 1},
 ]
 fallbacks = ["cc:other"]
+[presets.either]
+candidates = [{model = "aa:m", weight = 3}, {model = "bb:m"}]
 """
 NOW = 10_000.0
 
@@ -649,6 +651,8 @@ def test_candidates_are_drawn_by_weight_and_the_same_number_draws_the_same() -> 
     assert all(set(draw) == set("abc") for draw in draws)
     assert draws == [drawn(n / 1000) for n in range(1000)]
     assert drawn(0.999999999) == "cbac"  # and the fallback
+    either = [fleet.order("@either", draw=lambda n=n: n / 400) for n in range(400)]
+    assert Counter(either) == {"ab": 300, "ba": 100}
 
 
 def test_the_fallbacks_of_a_preset_come_after_every_candidate() -> None:

@@ -922,7 +922,7 @@ async def test_a_first_target_that_answers_late_but_first_cancels_the_second(
 async def test_of_two_streams_the_caller_sees_one(hedged: Any) -> None:
     late, go_on = asyncio.Event(), asyncio.Event()
     words = [chat_chunk({"content": word}) for word in ("one ", "two ", "three")]
-    slow = stream(ROLE, late, chat_chunk({"content": "wrong"}), *CHAT_STREAM[3:])
+    slow = stream(ROLE, late, chat_chunk({"content": "wrong"}), ending="hang")
     fast = stream(ROLE, words[0], go_on, *words[1:], *CHAT_STREAM[3:])
     async with hedged(slow, fast) as f, f.gw.caller() as caller:
         body = {"model": "m", "messages": HELLO, "stream": True}
