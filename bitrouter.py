@@ -45,19 +45,27 @@ Contents
     25. migrate     a TensorZero configuration -> ours
     26. bridge      TensorZero's clients, unchanged
     27. echo        the built-in model
-    28. logs        one line per event, for people or for machines
-    29. transport   the HTTP client: pool, TLS, proxies, deadlines
-    30. memory      what is kept of conversations, for a while
-    31. fetch       media at a URL, for targets that want the bytes
-    32. runtime     App: everything a request needs
-    33. callers     connections from callers
-    34. exchange    one request to one target, and its answer on its way to the caller
-    35. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
-    36. attempts    the loop of retries and fallbacks
-    37. explain     whom a request goes to, and why
-    38. pipeline    one request's life; the handlers
-    39. server      listening, finding local servers, draining
-    40. cli         the command line
+    28. receipts    what is kept of a request
+    29. metrics     counters, histograms and gauges, and Prometheus' text of them
+    30. otlp        spans and metrics as the OpenTelemetry collector reads them
+    31. page        the Activity page
+    32. logs        one line per event, for people or for machines
+    33. ledger      receipts in SQLite
+    34. export      spans and metrics on their way to a collector
+    35. transport   the HTTP client: pool, TLS, proxies, deadlines
+    36. memory      what is kept of conversations, for a while
+    37. fetch       media at a URL, for targets that want the bytes
+    38. runtime     App: everything a request needs
+    39. callers     connections from callers
+    40. exchange    one request to one target, and its answer on its way to the caller
+    41. side        what is asked of models besides answers: counts of tokens, embeddings, the echo
+    42. attempts    the loop of retries and fallbacks
+    43. explain     whom a request goes to, and why
+    44. booking     what is written down of a request: its line, its receipt, its spans
+    45. views       what there is to see: sums, receipts, metrics, the live page
+    46. pipeline    one request's life; the handlers
+    47. server      listening, finding local servers, draining
+    48. cli         the command line
 
 A section uses its own names and those of the sections before it, never those after it, and a
 name that starts with an underscore is private to its section. Sections marked (pure) do no
@@ -81,26 +89,32 @@ import io
 import itertools
 import json
 import logging
+import math
+import operator
 import os
 import random
 import re
 import socket
 import struct
 import sys
+import threading
 import time
 import zlib
 from array import array
+from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from contextlib import suppress
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
 if TYPE_CHECKING:
     import argparse
     import http.client
+    import sqlite3
     import ssl
     from concurrent.futures import Executor
 
@@ -189,6 +203,12 @@ class BadHttp(BadRequest):
 
 class Unauthorized(BitrouterError):
     status, kind, code = 401, Kind.AUTH, "invalid_api_key"
+
+
+class NobodyWanted(BadRequest):
+    """All who could serve the request are ones that it, or the configuration, does not want."""
+
+    code = "no_eligible_provider"
 
 
 class KeyMissing(BitrouterError):
@@ -485,8 +505,8 @@ class Document:
     def _span(self, key: str) -> tuple[int, int]:
         """Where a value stands: most often near one end, with nothing nested on the way there."""
         text, quoted = self._text, f'"{key}"'
-        if text.count(quoted) == 1:
-            at = text.index(quoted)
+        at = text.find(quoted)
+        if at >= 0 and text.find(quoted, at + 1) < 0:
             colon = _COLON.match(text, at + len(quoted))
             if colon:
                 value, end = _DECODER.raw_decode(text, colon.end())
@@ -562,11 +582,16 @@ def _spliced(text: str, pointer: str, new: str | None, *, insert: bool) -> str:
     parts = [part.replace("~1", "/").replace("~0", "~") for part in pointer.split("/")[1:]]
     at = _skip(text, 0)
     for n, part in enumerate(parts):
+        above = "/".join(["", *parts[:n]])
+        if n and text.startswith("null", at):  # as good as absent
+            return text if new is None else text[:at] + _wrapped(parts[n:], new) + text[at + 4 :]
         if text[at] not in "{[":
-            above = "/".join(["", *parts[:n]])
             raise BadRequest(f"{pointer}: the body has no object or list at {above}")
         members = _members(text, at)
         found = [i for i, member in enumerate(members) if member.key == part]
+        if text[at] == "[" and new is not None and not found and part not in _ends(members):
+            said = f"{pointer}: {above} is a list of {len(members)}; expected `-` or an index"
+            raise BadRequest(f"{said} of at most {len(members)}, got {show_json(part)}")
         if len(found) > 1:
             raise BadRequest(f"{part}: this field is given twice", param=part)
         last = n == len(parts) - 1
@@ -577,10 +602,20 @@ def _spliced(text: str, pointer: str, new: str | None, *, insert: bool) -> str:
         elif new is None:
             return text
         else:
-            for inner in reversed(parts[n + 1 :]):
-                new = f"[{new}]" if inner == "-" else f"{{{_ASCII(inner)}:{new}}}"
-            return _added(text, at, members, part, new)
+            return _added(text, at, members, part, _wrapped(parts[n + 1 :], new))
     return text
+
+
+def _ends(members: list[_Member]) -> tuple[str, str]:
+    """What a pointer may call the place behind a list's last entry (RFC 6901, 4)."""
+    return "-", str(len(members))
+
+
+def _wrapped(parts: list[str], value: str) -> str:
+    """JSON text in which a value stands at a pointer, and nothing else."""
+    for part in reversed(parts):
+        value = f"[{value}]" if part == "-" else f"{{{_ASCII(part)}:{value}}}"
+    return value
 
 
 def _put(text: str, at: int, members: list[_Member], n: int, new: str | None) -> str:
@@ -821,12 +856,9 @@ def render_head(first_line: str, headers: Mapping[str, str]) -> bytes:
 def _headers(lines: list[str]) -> Headers:
     if len(lines) > _MAX_FIELDS:
         raise HeadTooLarge(f"there are {len(lines)} headers, at most {_MAX_FIELDS} are accepted")
-    fields_ = [line.partition(":") for line in lines]
-    headers = {name.lower(): value.strip(" \t") for name, _, value in fields_}
-    if len(headers) == len(lines):
-        return headers
-    headers = {}
-    for name, _, value in fields_:
+    headers: Headers = {}
+    for line in lines:
+        name, _, value = line.partition(":")
         name, value = name.lower(), value.strip(" \t")
         if name in headers:
             if name in _ONLY_ONCE:
@@ -1573,15 +1605,21 @@ class StreamState:
         ended: the protocol's own end mark has come.
         error: what the provider reported inside the stream.
         memo: what a codec must remember to end the stream in order.
+        finish, answer_id: why the model stopped and what the answer is called, in its words.
+        events: how many have come, about as many as there are tokens.
     """
 
-    __slots__ = ("ended", "error", "finished", "memo", "started", "usage")
+    __slots__ = (
+        "answer_id", "ended", "error", "events", "finish", "finished", "memo", "started", "usage",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.started = self.finished = self.ended = False
         self.error: ErrorFacts | None = None
         self.usage: Usage | None = None
         self.memo: JsonObject = {}
+        self.finish = self.answer_id = ""
+        self.events = 0
 
 
 class ErrorFacts(NamedTuple):
@@ -2776,8 +2814,9 @@ def _chat_note(state: StreamState, chunk: JsonObject) -> None:
         state.error = error
     state.usage = _chat_usage(chunk) or state.usage
     for choice in as_list(chunk.get("choices")):
-        if dig(choice, "finish_reason"):
+        if finish := dig(choice, "finish_reason"):
             state.finished = state.started = True
+            state.finish, state.answer_id = str(finish), str(chunk.get("id") or "")
         delta = as_object(dig(choice, "delta"))
         if any(dig(delta, key) for key in _CHAT_SUBSTANCE):
             state.started = True
@@ -3997,6 +4036,7 @@ def _responses_note(state: StreamState, event: JsonObject) -> None:
     state.memo["sequence_number"] = whole(event.get("sequence_number"))
     if kind in _RESPONSES_FINISHED:
         state.started = state.finished = state.ended = True
+        state.finish, state.answer_id = str(response.get("status")), str(response.get("id"))
     elif kind == "response.failed":
         state.error = openai_parse_error(response) or ErrorFacts("", frozenset())
     elif kind == "error":
@@ -4994,6 +5034,7 @@ def _messages_dull(block: bytes) -> bool:
 def _messages_note(state: StreamState, event: JsonObject) -> None:
     match event.get("type"):
         case "message_start":
+            state.answer_id = str(dig(event, "message", "id") or "")
             state.memo["usage"] = dict(as_object(dig(event, "message", "usage")))
             state.usage = _messages_sum(state.memo["usage"])
         case "content_block_start":
@@ -5002,7 +5043,8 @@ def _messages_note(state: StreamState, event: JsonObject) -> None:
             state.started = True
         case "message_delta":
             state.started = True
-            state.finished = state.finished or bool(dig(event, "delta", "stop_reason"))
+            state.finish = str(dig(event, "delta", "stop_reason") or state.finish)
+            state.finished = bool(state.finish)
             # wire: cumulative; what it does not name keeps its value from message_start
             told = {k: v for k, v in as_object(event.get("usage")).items() if v is not None}
             state.memo["usage"] = {**state.memo.get("usage", {}), **told}
@@ -6085,8 +6127,9 @@ def _gemini_note(state: StreamState, chunk: JsonObject) -> None:
         state.error = _gemini_parse_error(chunk)
     state.usage = _gemini_usage(chunk) or state.usage
     for candidate in as_list(chunk.get("candidates")):
-        if dig(candidate, "finishReason"):
+        if finish := dig(candidate, "finishReason"):
             state.started = state.finished = True
+            state.finish, state.answer_id = str(finish), str(chunk.get("responseId") or "")
         if dig(candidate, "content", "parts"):
             state.started = True
     if dig(chunk, "promptFeedback", "blockReason"):
@@ -8320,6 +8363,7 @@ class StreamRelay:
         codec = self._codec
         if not self._framer and codec.dull(block) and codec.strict(block):
             self._last = block
+            self.state.events += block.count(b"\n\n")
             return self._without_null_usage(block) if self._hide_usage else block
         half = len(block) // 2
         middle = block.find(b"\n\n", half) + 2
@@ -8334,6 +8378,7 @@ class StreamRelay:
         if self.over:
             return b""
         event, value = self._look(raw)
+        self.state.events += bool(value)
         self.over = self.state.ended or self.state.error is not None or self.garbled is not None
         if self.garbled:
             return b""
@@ -9233,15 +9278,18 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
     if price.tiers:
         price = next((t for above, t in price.tiers[::-1] if usage.input_tokens > above), price)
     plain = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
-    charged = (
+    total = 0  # in millionths of a millionth, as whole numbers: sums are exact
+    for count, rate in (
         (plain, price.input),
         (usage.cached_tokens, price.cache_read),
         (usage.cache_write_tokens, price.cache_write),
         (usage.output_tokens, price.output),
-    )
-    if any(count < 0 or (count and rate is None) for count, rate in charged):
-        return None
-    return round(1000 * sum(count * (rate or 0) for count, rate in charged))
+    ):
+        if count < 0 or (count and rate is None):
+            return None
+        total += count * round((rate or 0) * 1e6)
+    nano, rest = divmod(total, 1000)
+    return nano + (rest > 500 or (rest == 500 and nano % 2))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -9667,7 +9715,8 @@ class DeclaredModel(Shaping):
 # In what order providers of a kind are asked for a model, unless `provider_priority` or a
 # provider's own `priority` says otherwise.
 CLASSES = ("first-party-api", "third-party-api", "local", "gateway", "bitrouter-cloud")
-_SUBSCRIPTION = "subscription"  # used only where it is named
+# Used only where it is named: by the model id, by `only`, or as who declares the model.
+_SUBSCRIPTION = "subscription"
 
 
 @dataclass(slots=True)
@@ -9693,7 +9742,7 @@ class ProviderConfig(Shaping):
     tags: tuple[str, ...] = ()
     class_: str = _limited("", words=("", *CLASSES, _SUBSCRIPTION), key="class")
     priority: int | None = _limited(None, low=0)
-    auth: str = _limited("", words=("", "native", "bearer"))
+    auth: str = _limited("", words=("", "native", "bearer", "api-key"))
     rate_limits: RateRules = _NO_LIMITS
     compatibility: Compatibility = field(default_factory=Compatibility)
     auto_discover: bool = False
@@ -9801,6 +9850,51 @@ class KeyConfig:
 
 
 @dataclass(slots=True)
+class State:
+    """Where receipts are kept.
+
+    Attributes:
+        url: the path of an SQLite file, or `memory:` for none; "" for ~/.bitrouter/bitrouter.db.
+        keep_days: after so many days they are removed; 0 for never.
+    """
+
+    url: str = ""
+    keep_days: float = _limited(90.0, low=0.0)
+
+
+SAMPLERS = (
+    "parentbased_always_on", "parentbased_always_off", "parentbased_traceidratio",
+    "always_on", "always_off", "traceidratio",
+)  # fmt: skip
+
+
+@dataclass(slots=True)
+class Otel:
+    """What is exported to an OpenTelemetry collector; OTEL_* variables have the last word.
+
+    Attributes:
+        endpoint: of the collector; /v1/traces and /v1/metrics are put behind it.
+        sampler_arg: the share of traces that traceidratio takes.
+        content: `full` sends what was said along, cut to so many bytes.
+    """
+
+    endpoint: str = ""
+    headers: dict[str, Secret] = field(default_factory=dict)
+    protocol: str = _limited("", words=("", "http/protobuf", "http/json"))
+    compression: str = _limited("", words=("", "gzip", "none"))
+    timeout_s: float | None = _limited(None, low=0.01)
+    service_name: str = ""
+    resource_attributes: dict[str, str] = field(default_factory=dict)
+    sampler: str = _limited("", words=("", *SAMPLERS))
+    sampler_arg: float | None = _limited(None, low=0.0, high=1.0)
+    traces: bool = True
+    metrics: bool = True
+    metrics_interval_s: float | None = _limited(None, low=0.01)
+    content: str = _limited("", words=("", "off", "full"))
+    content_max_bytes: int | None = _limited(None, low=0)
+
+
+@dataclass(slots=True)
 class Config:
     """
     Attributes:
@@ -9819,6 +9913,8 @@ class Config:
     variants: dict[str, Variant] = field(default_factory=dict)
     provider_priority: tuple[str, ...] = _limited((), words=CLASSES)
     inherit_defaults: bool = True
+    state: State = field(default_factory=State)
+    otel: Otel = field(default_factory=Otel)
     broken: dict[tuple[str, str], str] = field(default_factory=dict, metadata={"inner": True})
 
 
@@ -9882,7 +9978,7 @@ def parse_config(
 
 
 # Sections of which one entry may be out of order while the rest serves.
-_SPARED = ("providers", "models", "presets", "variants", "keys")
+_SPARED = ("providers", "models", "presets", "variants", "keys", "otel")
 
 
 def _forget_broken(config: Config, reader: _Reader) -> None:
@@ -9919,7 +10015,8 @@ class _Origins(Mapping[str, str]):
     def __getitem__(self, name: str) -> str:
         path = self._named[name]
         value = self._paths[path]
-        from_where = re.findall(r"\$\{(\w+)", value) if isinstance(value, str) else []
+        text = json.dumps(value, default=str) if isinstance(value, str | list) else ""
+        from_where = dict.fromkeys(re.findall(r"(?<!\$)\$\{(\w+)", text))
         return ", from ".join([self._where.of(path), *from_where])
 
     def __iter__(self) -> Iterator[str]:
@@ -10257,8 +10354,8 @@ def _schema_of(
             definitions[name] = _schema_of_table(kind, definitions)
         return {"$ref": f"#/$defs/{name}"}
     schema: JsonObject = {"type": _JSON_NAMES[kind]}
-    if words := [word for word in limits.get("words") or () if word]:
-        schema["enum"] = words
+    if words := limits.get("words"):
+        return {"anyOf": [{"enum": list(words)}, _SCHEMA_OF_A_VARIABLE]}
     if limits.get("low") is not None:
         schema["minimum"] = limits["low"]
     if limits.get("high", 1e12) < 1e12:
@@ -10266,6 +10363,7 @@ def _schema_of(
     return schema
 
 
+_SCHEMA_OF_A_VARIABLE: JsonObject = {"type": "string", "pattern": r"\$\{"}
 _JSON_NAMES = {str: "string", int: "integer", float: "number", bool: "boolean"}
 _PROTOCOL_SCHEMA: JsonObject = {"enum": list(PROTOCOL_NAMES)}
 _PROTOCOLS_SCHEMA: JsonObject = {
@@ -10322,26 +10420,32 @@ def settings_of(loaded: Loaded) -> Iterator[Setting]:
     yield from _settings(loaded.config, "", loaded.origins)
 
 
-def _settings(value: Any, at: str, origins: Mapping[str, str]) -> Iterator[Setting]:
+def _settings(
+    value: Any, at: str, origins: Mapping[str, str], above: str = "default"
+) -> Iterator[Setting]:
+    """above: the origin of what the file does not spell as we keep it."""
+    if isinstance(value, HeaderEdits | ProtocolRules | RateRules):
+        above = origins.get(at, above)
     if isinstance(value, HeaderEdits):
         value = {**dict.fromkeys(value.put, "[redacted]"), **dict.fromkeys(value.drop)}
     elif isinstance(value, ProtocolRules | RateRules):
         value = dict(value.rules)
     if is_dataclass(value) and not isinstance(value, type):
         for name, spec in _specs(type(value)).items():
-            yield from _settings(getattr(value, spec.field), f"{at}.{name}".lstrip("."), origins)
+            inner = f"{at}.{name}".lstrip(".")
+            yield from _settings(getattr(value, spec.field), inner, origins)
     elif isinstance(value, dict) and value:
         for name, one in value.items():
-            yield from _settings(one, f"{at}.{name}".lstrip("."), origins)
+            yield from _settings(one, f"{at}.{name}".lstrip("."), origins, above)
     elif isinstance(value, tuple) and value and is_dataclass(value[0]):
         for i, one in enumerate(value):
-            yield from _settings(one, f"{at}[{i}]", origins)
+            yield from _settings(one, f"{at}[{i}]", origins, above)
     else:
         shown = "[redacted]" if isinstance(value, Secret) and value else value
         shown = list(shown) if isinstance(shown, tuple) else None if shown == {} else shown
         if isinstance(shown, Secret):
             shown = "(not set)"
-        origin = origins.get(at, "default")
+        origin = origins.get(at, above)
         secretive = isinstance(value, Secret) or not _MAY_HOLD_KEYS.isdisjoint(
             re.split(r"[.\[]", at)
         )
@@ -10575,6 +10679,8 @@ class _Checker:
 
     def _model_id(self, model: str, at: _KeyPath) -> None:
         """Whether a model id may lead somewhere: any provider may serve what we do not know."""
+        if self._is_known(model):
+            return
         base = model
         place, separator, _ = split_place(model)
         if separator == ":" and place not in self._providers:
@@ -10583,8 +10689,7 @@ class _Checker:
         if base.startswith("@"):
             self._problem(at, "expected a model, not a preset")
             return
-        known = base in self._config.models or base in self._declared or base == ECHO_MODEL
-        if known or find_model(base) or family_of(base.lower()):
+        if self._is_known(base):
             return
         if separator:
             near = near_misses(place, self._providers, 1, _SLIP)
@@ -10594,6 +10699,11 @@ class _Checker:
         near = near_misses(base, [*self._config.models, *self._declared, *catalogue()], 1)
         hint = f"did you mean {near[0]}?" if near else "`bitrouter models --all` lists them"
         self._problem(at, f"nobody serves a model {show_json(base)}; {hint}")
+
+    def _is_known(self, model: str) -> bool:
+        ours = model in self._config.models or model in self._declared or model == ECHO_MODEL
+        family = family_of(model.lower().removeprefix("ft:"))
+        return ours or bool(find_model(model) or family)
 
     def _provider(self, name: str, at: _KeyPath) -> None:
         if name not in self._providers:
@@ -10775,6 +10885,9 @@ def listen_problem(text: str) -> str:
     return ""
 
 
+_VERSION = re.compile(r"api-version=[\w.-]+")  # wire: Azure's deployments want one, read 2026-11
+
+
 def base_problem(base: str) -> str:
     """What is wrong with a provider's base URL, or nothing."""
     try:
@@ -10786,8 +10899,8 @@ def base_problem(base: str) -> str:
         return (
             f"expected http(s)://HOST/PATH, got {url.scheme or '?'}://{printable(host) or '?'}/..."
         )
-    if url.query or url.fragment or url.username:
-        return "a base has no query, fragment or user; use extra_headers or api_key"
+    if url.fragment or url.username or (url.query and not _VERSION.fullmatch(url.query)):
+        return "a base has no fragment, user or query but api-version; use extra_headers or api_key"
     if url.scheme == "http" and not _is_near(host):
         return f"http:// would send your key in clear text to {host}; use https://"
     return ""
@@ -10870,12 +10983,32 @@ def active_providers(
         if ident in broken:  # with a part of it missing, its key might go to the wrong place
             warnings.append(f"{ident} is off: {broken[ident]}")
             continue
-        found = _activate(facts, given, config, environ, warnings)
+        found = _activate(facts, _with_what_it_derives(given, own), config, environ, warnings)
+        if found and given:
+            found = found._replace(given=given)
         if found is None and ident in lacking:
             warnings.append(f"{ident} is off: {lacking[ident]}")
         if found:
             active[ident] = found
     return active, warnings
+
+
+def _with_what_it_derives(
+    given: ProviderConfig | None, own: Mapping[str, ProviderConfig]
+) -> ProviderConfig | None:
+    """A provider of the file with the models and the protocols of the one that it derives from,
+    where it has none of its own."""
+    above = given
+    for _ in own:
+        above = own.get(provider_id(above.derives)) if above and above.derives else None
+        if given is None or above is None:
+            break
+        given = replace(
+            given,
+            models=given.models or above.models,
+            api_protocol=given.api_protocol if given.api_protocol.rules else above.api_protocol,
+        )
+    return given
 
 
 def _unknown_provider(ident: str, own: Mapping[str, ProviderConfig]) -> Provider:
@@ -11120,6 +11253,11 @@ class Wishes(NamedTuple):
     max_output: float | None = None
     first_alone: bool = False
 
+    @property
+    def for_one(self) -> bool:
+        """Whether only the first who can serve the request may be asked."""
+        return self.first_alone or not (self.allow_fallbacks or self.order)
+
 
 NO_WISHES = Wishes()
 
@@ -11163,14 +11301,14 @@ def wishes_in(provider: JsonObject) -> Wishes:
     if extra:
         where = f"provider.max_price.{printable(extra[0], 64)}"
         raise BadRequest(f"{where}: expected input (or prompt) and output", param=where)
-    tags = provider.get("require_tags", provider.get("tags"))
+    told = "tags" if provider.get("require_tags") is None else "require_tags"
     fallbacks = _option(provider, "allow_fallbacks", bool)
     return Wishes(
         sort or "",
         _named_providers(provider, "order"),
         _named_providers(provider, "only"),
         _named_providers(provider, "ignore"),
-        _bounded_names(tags, "provider.tags"),
+        _bounded_names(provider.get(told), f"provider.{told}"),
         fallbacks is not False,
         _option(provider, "require_parameters", bool) is True,
         _price_in(price, "input", "prompt"),
@@ -11269,7 +11407,7 @@ class Shape(NamedTuple):
     """What is made of a request on its way to a target.
 
     Attributes:
-        params: fields that it gets where it lacks them.
+        params: fields that it gets where it lacks them; the nearest one's first.
         templates: what is filled in with the arguments that it sends.
         structured: `tool` for answers that follow a schema by way of a tool.
         edits: changes of the body that goes out.
@@ -11312,7 +11450,10 @@ class Target:
         retry: of this target, where it differs.
         preset: the name of the preset by which it was come to.
         virtual, endpoint: the names of the virtual model and of the endpoint in it.
+        exacting: it is not to be asked for less than the whole request says.
         key: what health is kept by.
+        name: what messages call it.
+        label: what the log calls it: the model with it.
     """
 
     provider: str
@@ -11344,6 +11485,15 @@ class Target:
     preset: str = ""
     virtual: str = ""
     endpoint: str = ""
+    exacting: bool = False
+    key: tuple[str, str, str] = field(init=False)
+    name: str = field(init=False)
+    label: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = self.provider, self.account, self.model
+        self.name = f"{self.provider}:{self.account}" if self.account else self.provider
+        self.label = f"{self.name}/{printable(self.model)}"
 
     @property
     def traits(self) -> Traits:
@@ -11356,14 +11506,6 @@ class Target:
         if self.compatibility and self.compatibility.token_limit_field:
             traits = traits._replace(max_tokens_field=self.compatibility.token_limit_field)
         return traits
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        return self.provider, self.account, self.model
-
-    @property
-    def name(self) -> str:
-        return f"{self.provider}:{self.account}" if self.account else self.provider
 
 
 class _Place(NamedTuple):
@@ -11389,6 +11531,7 @@ class Leg(NamedTuple):
         order: `declared`, `balance`, or one of SORTS.
         weight: its share among the legs of which one is drawn; 0 for one that has its place.
         group: which entry of a request's `models` it comes of.
+        wishes: what was asked of the choice among them: by the request, preset and variant.
     """
 
     model: str
@@ -11397,6 +11540,7 @@ class Leg(NamedTuple):
     order: str = "balanced"
     weight: float = 0.0
     group: int = 0
+    wishes: Wishes = NO_WISHES
 
 
 class Route(NamedTuple):
@@ -11407,7 +11551,7 @@ class Route(NamedTuple):
         reasons: why each is among them.
         left_out: who else was considered, and why not.
         legs: the same targets, by model.
-        wishes: what was asked of the choice.
+        wishes: what the request asked of the choice among all of them.
         fixed: nothing is left to choose but what health says.
         picky: some of the targets may not be able to do what a request needs.
     """
@@ -11439,22 +11583,32 @@ class Listed(NamedTuple):
 
 
 class _Named(NamedTuple):
-    """A model id, taken apart."""
+    """A model id, taken apart.
+
+    Attributes:
+        asked: the request's own wishes, with those of the variant that it names; `wishes` are the
+            preset's, too.
+    """
 
     base: str
+    wishes: Wishes
+    asked: Wishes
     preset: Preset | None = None
     preset_name: str = ""
-    wishes: Wishes = NO_WISHES
 
 
 class _Way(NamedTuple):
-    """One way in which a preset may be served: a leg before its targets are known."""
+    """One way in which a preset may be served: a leg before its targets are known.
+
+    Attributes:
+        shapes: the presets whose fields it gets, the nearest one first.
+        preset: the name of that one.
+    """
 
     base: str
     wishes: Wishes
     shapes: tuple[Preset, ...]
-    names: tuple[str, ...]  # of the presets
-    weight: float = 0.0
+    preset: str
 
 
 class Router:
@@ -11463,7 +11617,9 @@ class Router:
     def __init__(self, config: Config, active: Mapping[str, ActiveProvider]) -> None:
         self.config = config
         self.active = dict(active)
-        self._known_providers = frozenset({*PROVIDERS, *active, *config.providers, "echo", ""})
+        given = {provider_id(name) for name in config.providers}
+        self._places = frozenset({*PROVIDERS, *active, *given})  # what may stand before a model
+        self._known_providers = frozenset({*self._places, *config.providers, "echo", ""})
         self._remembered: dict[Any, Route | BitrouterError] = {}
         self._listing: list[Listed] | None = None
         self._own: dict[str, dict[str, DeclaredModel]] = {}  # provider -> its ids -> what it says
@@ -11473,7 +11629,8 @@ class Router:
             for declared in provider.models:
                 own.setdefault(declared.provider_model_id or declared.id, declared)
                 own[declared.id] = declared
-                self._by_id.setdefault(declared.id, []).append((ident, declared))
+                if provider.given.models or provider.found or self._shares(ident):
+                    self._by_id.setdefault(declared.id, []).append((ident, declared))
         ranks = [
             *config.provider_priority,
             *(c for c in CLASSES if c not in config.provider_priority),
@@ -11488,10 +11645,15 @@ class Router:
         # Who shares the models of a provider of the registry, itself among them.
         self._alike: dict[str, list[str]] = {}
         for ident, provider in self.active.items():
-            # One that only derives from another is asked by its own name, unless it has a rank.
-            ranked = provider.given.priority is not None or provider.given.class_
-            if provider.like == ident or ranked:
+            if self._shares(ident):
                 self._alike.setdefault(provider.like, []).append(ident)
+
+    def _shares(self, ident: str) -> bool:
+        """Whether a provider is asked for the models of the one that it derives from: only by its
+        own name, unless it has a rank."""
+        provider = self.active[ident]
+        ranked = provider.given.priority is not None or bool(provider.given.class_)
+        return provider.like == ident or ranked
 
     def resolve(
         self, model: str | tuple[str, ...], op: Operation, wishes: Wishes = NO_WISHES
@@ -11529,16 +11691,18 @@ class Router:
             for leg in legs
             for target, reason in zip(leg.targets, leg.reasons, strict=True)
         ]
-        orders = {leg.order for leg in legs}
-        drawn = any(leg.weight for leg in legs)
+        chosen_anew = any(
+            leg.weight or leg.wishes.for_one or leg.order not in ("declared", "balanced")
+            for leg in legs
+        )
         return Route(
             asked,
             tuple(target for target, _ in placed),
             tuple(reason for _, reason in placed),
             tuple(dict.fromkeys(left_out)),
             tuple(legs),
-            wishes if len(legs) != 1 else self._named(legs[0].model, wishes).wishes,
-            fixed=len(placed) == 1 or (orders <= {"declared", "balanced"} and not drawn),
+            wishes,
+            fixed=len(placed) == 1 or not (chosen_anew or wishes.for_one),
             picky=_differ([target for target, _ in placed]),
         )
 
@@ -11552,13 +11716,12 @@ class Router:
             try:
                 found = self._legs(model, op, wishes, left_out)
                 legs += [leg._replace(group=i) for leg in found]
-            except (KeyMissing, ProtocolUnsupported) as error:
+            except (KeyMissing, ProtocolUnsupported, Unset, NobodyWanted) as error:
                 left_out.append(f"{printable(model)}: {error.message}")
                 first = first or error
-            except NotFound as error:
-                raise BadRequest(
-                    f"models[{i}]: {error.message}", code=error.code, param=f"models[{i}]"
-                ) from None
+            except (NotFound, BadRequest) as error:
+                said = f"models[{i}]: {error.message.removeprefix('model: ')}"
+                raise BadRequest(said, code=error.code, param=f"models[{i}]") from None
         if not legs:
             raise first or BadRequest("models: expected a model id", param="models")
         return legs
@@ -11567,7 +11730,7 @@ class Router:
         """A model id taken apart. Raises BadRequest for a preset that is not there."""
         if not model.startswith("@"):
             base, wishes = self._without_variant(model, wishes)
-            return _Named(base, wishes=wishes)
+            return _Named(base, wishes, wishes)
         found = re.match(r"@([^/:]*)(?:/(.+?))?(?::([^:/]+))?$", model, re.DOTALL)
         name, base, variant = found.groups("") if found else (model[1:], "", "")
         preset = self.config.presets.get(name)
@@ -11576,35 +11739,31 @@ class Router:
             hint = (
                 f"did you mean {' or '.join('@' + n for n in near)}?"
                 if near
-                else (
-                    "the configuration has "
-                    + (", ".join("@" + n for n in self.config.presets) or "none")
-                )
+                else f"the configuration has {_some(['@' + n for n in self.config.presets])}"
             )
             said = f"model: there is no preset @{printable(name, 64)}; {hint}"
             raise BadRequest(said, code="preset_not_found", param="model")
         self._check_whole("presets", name)
-        wishes = narrowed(wishes_of(preset.routing), wishes)
-        if base and variant:
-            base = f"{base}:{variant}"
         if base:
-            base, wishes = self._without_variant(base, wishes)
+            base, wishes = self._without_variant(f"{base}:{variant}" if variant else base, wishes)
         elif variant:
             ranked = self._variant(variant)
             if ranked is None:
-                known = ", ".join([*SORTS, *SORT_ALIASES, *self.config.variants])
+                known = _some([*SORTS, *SORT_ALIASES, *self.config.variants])
                 said = f"model: there is no variant :{printable(variant, 64)}; known are {known}"
                 raise BadRequest(said, code="variant_not_found", param="model")
             wishes = narrowed(wishes, ranked)
-        return _Named(base, preset, name, wishes)
+        return _Named(base, narrowed(wishes_of(preset.routing), wishes), wishes, preset, name)
 
     def _without_variant(self, model: str, wishes: Wishes) -> tuple[str, Wishes]:
         """A model id without the suffix that is a variant; any other suffix belongs to it."""
         base, colon, suffix = model.rpartition(":")
         if not colon or model in self.config.models or model in self._by_id:
             return model, wishes
-        place, separator, _ = split_place(model)
+        place, separator, rest = split_place(model)
         ident = provider_id(place)
+        if separator and rest in self._own.get(ident, ()):
+            return model, wishes  # the suffix is part of the id that the provider declares
         if separator == ":" and base == place and (ident in PROVIDERS or ident in self.active):
             return model, wishes  # provider:model, whatever the model is called
         ranked = self._variant(suffix)
@@ -11650,59 +11809,64 @@ class Router:
         raise BadRequest(said, param=f"provider.{key}")
 
     def _legs(self, model: str, op: Operation, wishes: Wishes, left_out: list[str]) -> list[Leg]:
-        named, asked = self._named(model, wishes), wishes
-        preset, wishes = named.preset, named.wishes
+        named = self._named(model, wishes)
+        preset, name = named.preset, named.preset_name
         if preset is None:
-            return [self._leg(named.base, op, wishes, (), left_out)._replace(model=model)]
-        legs: list[_Way] = []
-        names = (named.preset_name,)
-        if named.base or preset.model:
-            base = named.base
-            if not base:
-                base, wishes = self._without_variant(preset.model, wishes)
-            legs.append(_Way(base, wishes, (preset,), names))
+            return [self._leg(named.base, op, named.wishes, (), left_out)._replace(model=model)]
+        routing = wishes_of(preset.routing)
+        ways: list[tuple[Callable[[], _Way], float]] = []
+        if named.base:
+            ways.append((partial(_Way, named.base, named.wishes, (preset,), name), 0.0))
+        elif preset.model:
+            own = Candidate(model=preset.model)
+            ways.append((partial(self._candidate, own, preset, name, routing, named.asked), 0.0))
         elif preset.candidates:
-            legs += [self._candidate(one, preset, names, wishes) for one in preset.candidates]
+            for one in preset.candidates:
+                found = partial(self._candidate, one, preset, name, routing, named.asked)
+                ways.append((found, max(one.weight, 1e-9)))
         else:
-            said = f"model: @{named.preset_name} has no model of its own; "
-            said += f"ask for @{named.preset_name}/PROVIDER/MODEL"
+            said = f"model: @{name} has no model of its own; ask for @{name}/PROVIDER/MODEL"
             raise BadRequest(said, code="preset_without_model", param="model")
         for fallback in preset.fallbacks:
             inner = fallback[1:] if fallback.startswith("@") else ""
-            candidate = Candidate(preset=inner) if inner else Candidate(model=fallback)
-            found = self._candidate(candidate, preset, names, asked)
-            legs.append(found._replace(weight=0.0))
-        return self._usable(legs, op, model, left_out)
+            one = Candidate(preset=inner) if inner else Candidate(model=fallback)
+            found = partial(self._candidate, one, preset, name, NO_WISHES, named.asked)
+            ways.append((found, 0.0))
+        return self._usable(ways, op, model, left_out)
 
     def _candidate(
-        self, one: Candidate, preset: Preset, names: tuple[str, ...], wishes: Wishes
+        self, one: Candidate, preset: Preset, name: str, routing: Wishes, asked: Wishes
     ) -> _Way:
+        """Raises Unset for a preset or a variant that lacks something."""
         inner = self.config.presets.get(one.preset)
         shapes = (inner, preset) if inner else (preset,)
-        model = inner.model if inner else one.model
         if inner:
             self._check_whole("presets", one.preset)
-            wishes = narrowed(wishes_of(inner.routing), wishes)
-            names = (*names, one.preset)
-        base, wishes = self._without_variant(model, wishes)
-        return _Way(base, wishes, shapes, names, max(one.weight, 1e-9))
+            routing = narrowed(wishes_of(inner.routing), routing)
+        base, routing = self._without_variant(inner.model if inner else one.model, routing)
+        return _Way(base, narrowed(routing, asked), shapes, one.preset or name)
 
     def _usable(
-        self, legs: list[_Way], op: Operation, asked: str, left_out: list[str]
+        self,
+        ways: list[tuple[Callable[[], _Way], float]],
+        op: Operation,
+        asked: str,
+        left_out: list[str],
     ) -> list[Leg]:
         """The legs of a preset that lead somewhere; an error if none does."""
         found: list[Leg] = []
         first: BitrouterError | None = None
-        for way in legs:
+        for make, weight in ways:
             try:
+                way = make()
                 leg = self._leg(way.base, op, way.wishes, way.shapes, left_out)
             except BitrouterError as error:
-                left_out.append(f"{printable(way.base)}: {error.message}")
+                left_out.append(f"{asked}: {error.message}")
                 first = first or error
                 continue
             for target in leg.targets:
-                target.preset = way.names[-1]
-            found.append(leg._replace(model=asked, weight=way.weight))
+                target.preset = way.preset
+            found.append(leg._replace(model=asked, weight=weight))
         if not found and first:
             raise first
         return found
@@ -11723,6 +11887,10 @@ class Router:
         reasons: list[str] = []
         unwanted: list[str] = []
         for place in self._ranked(model, wishes):
+            if place.provider == "echo":
+                targets += self._echo_route(op).chain
+                reasons.append(place.reason)
+                continue
             provider = self.active.get(place.provider)
             if provider is None:
                 left_out.append(f"{place.provider}: {self._why_off(place.provider)}")
@@ -11732,13 +11900,16 @@ class Router:
                 left_out.append(f"{place.provider}: {_what_it_speaks(provider)}")
                 continue
             price = self._price(provider, place.model)
+            if place.whose and place.whose[0].pricing.input is not None:
+                price = _declared_price(place.whose[0].pricing)
             why_not = _unwanted(provider, price, wishes)
             if why_not:
                 unwanted.append(f"{place.provider}: {why_not}")
                 continue
             here = self._targets(provider, place, protocol, price, shapes)
-            if place.whose:
-                for target in here:
+            for target in here:
+                target.exacting = wishes.require_parameters
+                if place.whose:
                     target.virtual, target.endpoint = model, place.whose[1].name
             targets += here
             reasons += [place.reason] * len(here)
@@ -11746,14 +11917,12 @@ class Router:
         if not targets:
             if unwanted:
                 said = f"{printable(model)}: no provider is left that is wanted: "
-                raise BadRequest(
-                    said + "; ".join(unwanted), code="no_eligible_provider", param="provider"
-                )
+                raise NobodyWanted(said + "; ".join(unwanted), param="provider")
             raise self._why_nobody(model, op)
         virtual = self.config.models.get(model)
         strategy = virtual.strategy if virtual else "cascade"
         order = {"priority": "declared", "balance": "balance"}.get(strategy, wishes.sort)
-        return Leg(model, tuple(targets), tuple(reasons), order or "balanced")
+        return Leg(model, tuple(targets), tuple(reasons), order or "balanced", wishes=wishes)
 
     def _ranked(self, model: str, wishes: Wishes) -> Iterable[_Place]:
         """Who may serve a model, configured or not, as ranks and the request's `order` have it."""
@@ -11803,6 +11972,11 @@ class Router:
         classes = {"api": "third-party-api", "local": "local", "gateway": "gateway"}
         return self._ranks.get(classes.get(kind, ""), len(self._ranks))
 
+    def _is_subscription(self, ident: str) -> bool:
+        provider = self.active.get(ident)
+        known = provider.facts if provider else PROVIDERS.get(ident)
+        return known is not None and known.kind == "plan"
+
     def _by_name(self, model: str, wishes: Wishes) -> Iterator[_Place]:
         declared = list(self._declared(model, found=False))
         yield from declared
@@ -11815,11 +11989,11 @@ class Router:
         place, separator, rest = split_place(model)
         ident = provider_id(place)
         facts = find_model(model)
-        if separator and (ident in PROVIDERS or ident in self.active):
+        if separator and ident in self._places:
             if separator == ":" or ident not in _LAB_OF:
                 yield _Place(ident, self._declared_id(ident, rest), "named in the model id")
             else:
-                yield from self._of_lab(ident, rest, wishes)
+                yield from self._of_lab(ident, rest, wishes, named=ident)
         elif facts:
             lab, _, bare = facts.id.partition("/")
             own = next((p for p, name in _LAB_OF.items() if name == lab), "")
@@ -11829,16 +12003,17 @@ class Router:
             else:
                 yield from self._carriers(facts, "", wishes)
         elif separator == "/":
-            yield from self._takers(model)
+            yield from self._takers(model, wishes)
         elif not declared and not list(self._declared(model, found=True)):
             bare = model.lower().removeprefix("ft:")  # OpenAI's fine-tuned models
             family = family_of(bare)
             if family:
                 yield from self._of_lab(family, model, wishes)
 
-    def _takers(self, model: str) -> Iterator[_Place]:
+    def _takers(self, model: str, wishes: Wishes) -> Iterator[_Place]:
         for other in _OPEN_GATEWAYS:
-            yield _Place(other, model, _TAKES_ANY, self._rank_of(other, own=False))
+            if not self._is_subscription(other) or other in wishes.only:
+                yield _Place(other, model, _TAKES_ANY, self._rank_of(other, own=False))
 
     def _declared(self, model: str, *, found: bool) -> Iterator[_Place]:
         """Providers whose own list of models, in the file or found, has this very id."""
@@ -11849,17 +12024,19 @@ class Router:
                 rank = len(self._ranks) + 1 if found else self._ranks.get(class_, 0)
                 yield _Place(ident, own, "declares the model", rank)
 
-    def _of_lab(self, ident: str, model: str, wishes: Wishes) -> Iterator[_Place]:
-        """The lab's own provider first, then everybody else who carries the model."""
+    def _of_lab(self, ident: str, model: str, wishes: Wishes, named: str = "") -> Iterator[_Place]:
+        """The lab's own provider first, then everybody else who carries the model. A subscription
+        is asked only where it is named."""
         lab = _LAB_OF[ident]
         facts = find_model(f"{lab}/{model}")
         rank = self._rank_of(ident, own=True)
         for alike in sorted({ident, *self._alike.get(ident, ())}, key=lambda one: one != ident):
-            own = self._own_id(alike, model)
-            yield _Place(alike, own, "the model's own provider", rank)
+            if not self._is_subscription(alike) or alike in (named, *wishes.only):
+                own = self._own_id(alike, model)
+                yield _Place(alike, own, "the model's own provider", rank)
         if facts:
             yield from self._carriers(facts, ident, wishes)
-        yield from self._takers(facts.id if facts else f"{lab}/{model}")
+        yield from self._takers(facts.id if facts else f"{lab}/{model}", wishes)
 
     def _carriers(self, facts: Model, own: str, wishes: Wishes) -> Iterator[_Place]:
         def rank(ident: str) -> tuple[int, str]:
@@ -11868,8 +12045,7 @@ class Router:
         others = [ident for ident in facts.carried if ident in PROVIDERS and ident != own]
         for ident in sorted(others, key=rank):
             for alike in sorted({ident, *self._alike.get(ident, ())}):
-                # A subscription is nobody's second choice.
-                if PROVIDERS[ident].kind != "plan" or alike in wishes.only:
+                if not self._is_subscription(alike) or alike in wishes.only:
                     known = facts.carried[ident][0]
                     at = self._rank_of(alike, own=False)
                     yield _Place(alike, known, "carries the model", at)
@@ -11916,9 +12092,7 @@ class Router:
         headers, timeouts, shape = _shaping(provider, tuple(one for one in whole if one))
         if declared and declared.reasoning_effort.default:
             effort = {"reasoning_effort": declared.reasoning_effort.default}
-            shape = shape._replace(params={**effort, **shape.params})
-        if isinstance(virtual, VirtualModel) and virtual.pricing.input is not None:
-            price = _declared_price(virtual.pricing)
+            shape = shape._replace(params={**shape.params, **effort, **shape.params})
         like = provider.like
         known = find_model(f"{_LAB_OF[like]}/{place.model}" if like in _LAB_OF else place.model)
         told = declared or DeclaredModel("")
@@ -12013,7 +12187,7 @@ class Router:
 
     def _key_missing(self, model: str, first: _Place) -> KeyMissing:
         variable = _missing_variable(first.provider)
-        others = ", ".join(self.active) or "nothing"
+        others = _some([*self.active])
         why = self._unset(first.provider)
         found = re.search(r"environment variable (\w+)", why)
         variable = found[1] if found else variable
@@ -12067,7 +12241,9 @@ class Router:
         for ident, provider in self.active.items():
             for declared in provider.models:
                 before = listed.get(declared.id)
+                place = provider_id(split_place(declared.id)[0])
                 also = (*(before.providers if before else ()), ident)
+                also += (place,) if place in self.active and place not in also else ()
                 facts = find_model(declared.id) if not declared.capabilities else None
                 listed[declared.id] = Listed(
                     declared.id,
@@ -12091,6 +12267,14 @@ class Router:
         )
         broken = {name for section, name in self.config.broken if section == "models"}
         return (one for one in listed.values() if one.providers and one.id not in broken)
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _MAX_TOLD} more" if len(names) > _MAX_TOLD else ""
+    return (", ".join(names[:_MAX_TOLD]) or "none") + more
+
+
+_MAX_TOLD = 20
 
 
 def _once_each(legs: list[Leg]) -> list[Leg]:
@@ -12177,7 +12361,7 @@ def _shape_of(order: tuple[Shaping, ...]) -> Shape:
     """Several shapings at once: of fields the first one's count, of edits the last one's."""
     params: dict[str, Json] = {}
     for one in order:
-        params = {**one.params, **params}
+        params |= {name: value for name, value in one.params.items() if name not in params}
     presets = [one for one in order if isinstance(one, Preset) and one.system_prompt]
     system = presets[0] if presets else None
     shape = Shape(
@@ -12325,8 +12509,9 @@ class Health:
         self.meter = Meter()
         self._records: dict[tuple[str, str, str], _Record] = {}
         self._turns: dict[tuple[str, str], int] = {}  # whose account comes first, by model
-        self._shares: dict[tuple[str, ...], list[float]] = {}  # how far each is behind its share
+        self._shares: dict[str, dict[str, float]] = {}  # how far each is behind its share
         self._room: dict[tuple[str, str, str], list[_Room]] = {}  # by what the vendors say
+        self._silent: dict[tuple[str, str, str], float] = {}  # since when each has only lost races
 
     def order(
         self, chain: tuple[Target, ...], now: float, first: tuple[str, str, str] | None = None
@@ -12347,22 +12532,21 @@ class Health:
         waits = [(self.cooling_s(t, now), self.is_near_limit(t, now)) for t in chain]
         return tuple(t for _, t in sorted(zip(waits, chain, strict=True), key=lambda pair: pair[0]))
 
-    def share(self, name: tuple[str, ...], weights: tuple[float, ...]) -> list[int]:
+    def share(self, model: str, weights: Mapping[str, float]) -> list[str]:
         """Whose turn it is, by weight, and then the others: out of any stretch of requests each
-        gets its share, evenly spread (nginx's smooth weighted round robin)."""
-        behind = self._shares.get(name)
-        if behind is None or len(behind) != len(weights):
-            if len(self._shares) > _MAX_HEALTH:
-                self._shares.clear()
-            behind = self._shares[name] = [0.0] * len(weights)
-        for i, weight in enumerate(weights):
-            behind[i] += weight
-        best = max(range(len(weights)), key=lambda i: (weights[i] > 0, behind[i]))
-        behind[best] -= sum(weights)
-        return [
-            best,
-            *sorted((i for i in range(len(weights)) if i != best), key=lambda i: -weights[i]),
-        ]
+        gets its share, evenly spread (nginx's smooth weighted round robin). Where a request leaves
+        some out, the turn is the others', and the next request goes on from there."""
+        if len(self._shares) > _MAX_HEALTH:
+            self._shares.clear()
+        behind = self._shares.setdefault(model, {})
+        total = sum(weights.values()) or 1.0
+        for name, weight in weights.items():
+            behind[name] = behind.get(name, 0.0) + weight / total
+        # Equals are equal but for the last bits of thirds and sevenths.
+        best = max(weights, key=lambda name: (weights[name] > 0, round(behind[name], 9)))
+        behind[best] -= 1.0
+        others = (name for name in weights if name != best)
+        return [best, *sorted(others, key=lambda name: -weights[name])]
 
     def saw(self, target: Target, headers: Headers, now: float, wall_s: float) -> None:
         """Note what a vendor's answer says of its limits."""
@@ -12418,8 +12602,17 @@ class Health:
 
     def succeeded(self, target: Target) -> bool:
         """Returns whether the target had been cooling down."""
+        self._silent.pop(target.key, None)
         record = self._records.pop(target.key, None)
         return record is not None and record.open_until > 0
+
+    def lost(self, target: Target, since: float, now: float) -> bool:
+        """Note that somebody else was faster. Returns whether the target has been asked in vain
+        for as long as an answer may take to begin: no single loss would show that it hangs."""
+        if len(self._silent) > _MAX_HEALTH:
+            self._silent.clear()
+        silent_for = now - self._silent.setdefault(target.key, since)
+        return silent_for >= target.timeouts.first_token_s and bool(self._silent.pop(target.key))
 
     def forget(self, provider: str, account: str) -> None:
         """A provider's account has a new key: what it did with the old one says nothing."""
@@ -12785,6 +12978,7 @@ _MEDIA_TYPES = {
     "image_url": "image_input", "input_image": "image_input", "image": "image_input",
     "input_audio": "audio_input", "video_url": "video_input", "input_video": "video_input",
     "file": "file_input", "input_file": "file_input", "document": "file_input",
+    "computer_screenshot": "image_input", "image_generation_call": "",
 }  # fmt: skip
 _MAX_WALK = 200_000  # values looked at; what comes after them counts as nothing
 
@@ -12792,33 +12986,11 @@ _MAX_WALK = 200_000  # values looked at; what comes after them counts as nothing
 def needs_of(body: JsonObject) -> Needs:
     """What a request in any of the protocols needs."""
     able: set[str] = set()
-    chars = 0
-    waiting: list[Json] = [
-        body.get(key)
-        for key in ("messages", "input", "contents", "system", "instructions", "tools",
-                    "systemInstruction", "system_instruction")
-    ]  # fmt: skip
-    for _ in range(_MAX_WALK):
-        if not waiting:
-            break
-        value = waiting.pop()
-        if isinstance(value, str):
-            chars += len(value)
-        elif isinstance(value, list):
-            waiting += value
-        elif isinstance(value, dict):
-            kind = _MEDIA_TYPES.get(value["type"]) if isinstance(value.get("type"), str) else None
-            mime = "" if _BLOB_NAMES.isdisjoint(value) else _mime_of(value)
-            if kind or mime:
-                able.add(kind or _MEDIA_KINDS.get(mime.partition("/")[0], "file_input"))
-                chars += 4 * _TOKENS_OF_MEDIA
-                continue
-            for name, inner in value.items():
-                if name in _FREE and not isinstance(inner, str):
-                    chars += len(repr(inner))  # what it holds has names of its own
-                else:
-                    waiting.append(inner)
+    chars = _walked(body, able)
     settings = as_object(body.get("generationConfig", body.get("generation_config")))
+    for one in (*as_list(body.get("modalities")), *as_list(settings.get("responseModalities"))):
+        if str(one).lower() in ("audio", "image"):
+            able.add(f"{one}_output".lower())
     if body.get("tools") or body.get("functions"):
         able.add("tools")
     formats = (
@@ -12837,6 +13009,42 @@ def needs_of(body: JsonObject) -> Needs:
     return Needs(frozenset(able), effort, chars // 4)
 
 
+def _walked(body: JsonObject, able: set[str]) -> int:
+    """The characters of a prompt, and what stands for its media; what its media ask of a model
+    is added to `able`."""
+    chars = 0
+    waiting: list[Json] = [
+        body.get(key)
+        for key in ("messages", "input", "contents", "system", "instructions", "tools",
+                    "systemInstruction", "system_instruction")
+    ]  # fmt: skip
+    for _ in range(_MAX_WALK):
+        if not waiting:
+            break
+        value = waiting.pop()
+        if isinstance(value, str):
+            chars += len(value)
+        elif isinstance(value, list):
+            waiting += value
+        elif isinstance(value, dict):
+            kind = _MEDIA_TYPES.get(value["type"]) if isinstance(value.get("type"), str) else None
+            mime = "" if _BLOB_NAMES.isdisjoint(value) else _mime_of(value)
+            if kind is not None or mime:
+                if kind != "":
+                    able.add(kind or _MEDIA_KINDS.get(mime.partition("/")[0], "file_input"))
+                chars += 4 * _TOKENS_OF_MEDIA
+                continue
+            for name, inner in value.items():
+                if name in _SEALED:
+                    continue
+                if name in _FREE and not isinstance(inner, str):
+                    chars += len(repr(inner))  # what it holds has names of its own
+                else:
+                    waiting.append(inner)
+    return chars
+
+
+_SEALED = frozenset(("encrypted_content", "signature", "thoughtSignature", "thought_signature"))
 _BLOB_NAMES = frozenset(("inlineData", "inline_data", "fileData", "file_data"))
 _FREE = frozenset((
     "input", "args", "arguments", "parameters", "input_schema", "parametersJsonSchema", "response",
@@ -12888,7 +13096,7 @@ def session_of(headers: Headers, body: JsonObject, caller: str) -> Session:
         dig(turn, "role") in ("assistant", "model") or dig(turn, "type") in _ANSWERED
         for turn in turns[-_RECENT:]
     )
-    if named := _session_name(headers, body):
+    if named := session_name(headers, body):
         return Session(f"{caller} {named}", named=True, goes_on=goes_on)
     first = next((turn for turn in turns if dig(turn, "role") in ("user", None)), body.get("input"))
     keys = ("system", "instructions", "systemInstruction", "system_instruction")
@@ -12900,6 +13108,7 @@ def session_of(headers: Headers, body: JsonObject, caller: str) -> Session:
 
 
 _RECENT = 64  # turns in which the last answer must be
+_CHANGING = {"cache_control", "type", "role", "id", "status"}  # what a turn later is not the same
 _BEGINNING = 32  # texts that tell conversations apart, and as many characters of each:
 _BEGINNING_CHARS = 2048
 
@@ -12910,19 +13119,15 @@ def _beginning(values: list[Json]) -> Iterator[str]:
     for _ in range(_BEGINNING):
         while waiting and not isinstance(waiting[-1], str):
             value = waiting.pop()
-            inner = value if isinstance(value, list) else as_object(value).values()
-            waiting += list(inner)[:_BEGINNING][::-1]
+            inner = [v for k, v in as_object(value).items() if k not in _CHANGING]
+            waiting += (value if isinstance(value, list) else inner)[:_BEGINNING][::-1]
         if not waiting:
             return
         yield waiting.pop()[:_BEGINNING_CHARS]
 
 
-def is_named_session(headers: Headers, body: JsonObject) -> bool:
-    """Whether the caller says which conversation a request belongs to."""
-    return bool(_session_name(headers, body))
-
-
-def _session_name(headers: Headers, body: JsonObject) -> str:
+def session_name(headers: Headers, body: JsonObject) -> str:
+    """What the caller calls the conversation that a request belongs to; "" if it does not say."""
     named = next((headers[name] for name in _SESSION_HEADERS if headers.get(name)), "")
     told = (body.get("prompt_cache_key"), body.get("session_id"), dig(body, "metadata", "user_id"))
     named = named or next((one for one in told if isinstance(one, str) and one), "")
@@ -12956,20 +13161,32 @@ def choose(
         draw: a number from [0, 1), the same one for the same conversation.
         first: the target at which the conversation is, by its key.
     """
-    if route.fixed and not route.picky and route.wishes.allow_fallbacks:
+    if route.fixed and not route.picky:
         return Chosen(health.order(route.chain, now, first))
     left_out: list[str] = []
     notes: dict[tuple[str, str, str], str] = {}
-    chain: list[Target] = []
-    for leg in _drawn(route.legs, draw):
-        chain += _in_order(leg, route, health, now, notes)
+    legs = [
+        (leg, target)
+        for leg in _drawn(route.legs, draw)
+        for target in _in_order(leg, health, now, notes)
+    ]
     if needs is not None:
-        chain = _able(chain, needs, left_out)
-    wishes = route.wishes
-    if chain and (wishes.first_alone or not (wishes.allow_fallbacks or wishes.order)):
-        alone = chain[0].provider, chain[0].model
-        chain = [target for target in chain if (target.provider, target.model) == alone]
-    return Chosen(health.order(tuple(chain), now, first), tuple(left_out), notes)
+        able = _able([target for _, target in legs], needs, left_out)
+        legs = [(leg, target) for leg, target in legs if target in able]
+    chain = tuple(_permitted(legs, route.wishes))
+    return Chosen(health.order(chain, now, first), tuple(left_out), notes)
+
+
+def _permitted(legs: list[tuple[Leg, Target]], wishes: Wishes) -> Iterator[Target]:
+    """Targets in order, without those that only a fallback would lead to where none is allowed:
+    neither within a leg, nor among candidates, nor in the whole of a request."""
+    firsts: dict[int, tuple[Leg, Target]] = {}
+    for leg, target in legs:
+        among = -1 if wishes.for_one else leg.group if leg.weight else id(leg)
+        first_leg, first = firsts.setdefault(among, (leg, target))
+        alike = (first.provider, first.model) == (target.provider, target.model)
+        if not (wishes.for_one or leg.wishes.for_one) or (alike and first_leg is leg):
+            yield target
 
 
 def _drawn(legs: tuple[Leg, ...], draw: Callable[[], float]) -> list[Leg]:
@@ -12993,24 +13210,20 @@ def _drawn(legs: tuple[Leg, ...], draw: Callable[[], float]) -> list[Leg]:
 
 
 def _in_order(
-    leg: Leg,
-    route: Route,
-    health: Health,
-    now: float,
-    notes: dict[tuple[str, str, str], str],
+    leg: Leg, health: Health, now: float, notes: dict[tuple[str, str, str], str]
 ) -> list[Target]:
     targets = list(leg.targets)
     if len(targets) < 2 or leg.order in ("declared", "balanced"):
         return targets
     if leg.order == "balance":
         return _balanced(leg, health)
-    listed = {name: n for n, name in enumerate(route.wishes.order)}
+    listed = {name: n for n, name in enumerate(leg.wishes.order)}
     speeds = {target.key: health.meter.speed(target, now) for target in targets}
 
     def rank(target: Target) -> tuple[Any, ...]:
         speed = speeds[target.key]
         place = listed.get(target.provider, len(listed))
-        return place, *_RANKED[leg.order](target, speed), target.provider, target.account
+        return place, *_RANKED[leg.order](target, speed)  # equals stay in the configuration's order
 
     for target in targets:
         notes[target.key] = _measured(leg.order, target, speeds[target.key])
@@ -13019,23 +13232,11 @@ def _in_order(
 
 def _balanced(leg: Leg, health: Health) -> list[Target]:
     """The endpoints of a virtual model, by their weights; an endpoint's accounts stay together."""
-    runs: list[list[Target]] = []
+    runs: dict[str, list[Target]] = {}
     for target, reason in zip(leg.targets, leg.reasons, strict=True):
-        same = (
-            runs
-            and runs[-1][0].provider == target.provider
-            and target.account
-            and (
-                runs[-1][0].model == target.model
-                and reason == leg.reasons[leg.targets.index(runs[-1][0])]
-            )
-        )
-        if same:
-            runs[-1].append(target)
-        else:
-            runs.append([target])
-    weights = tuple(run[0].weight for run in runs)
-    return [target for i in health.share((leg.model,), weights) for target in runs[i]]
+        runs.setdefault(reason, []).append(target)
+    weights = {endpoint: run[0].weight for endpoint, run in runs.items()}
+    return [target for name in health.share(leg.model, weights) for target in runs[name]]
 
 
 def blended(price: Price) -> float | None:
@@ -13152,7 +13353,10 @@ _SAME = {
     "max_tokens": ("max_completion_tokens",),
     "max_completion_tokens": ("max_tokens",),
     "max_output_tokens": ("max_tokens",),
+    "thinkingLevel": ("thinkingBudget",),
+    "tools": ("functions",),
 }
+_SAME_ELSEWHERE = {"/reasoning_effort": "reasoning", "/output_config/effort": "thinking"}
 
 
 def shaped(document: Document, shape: Shape, protocol: ApiProtocol) -> Document:
@@ -13160,14 +13364,16 @@ def shaped(document: Document, shape: Shape, protocol: ApiProtocol) -> Document:
     body = document.value
     changes: list[Change] = []
     rewritten: JsonObject = {}
+    said: set[str] = set()
     for name, value in shape.params.items():
         places = _PARAMS.get(name)
         if name in _REWRITTEN and protocol is not ApiProtocol.CHAT_COMPLETIONS:
             rewritten[name] = value
             continue
         pointer = places[_COLUMNS[protocol]] if places else f"/{_escaped(name)}"
-        if not pointer or _is_set(body, pointer):
+        if not pointer or pointer in said or _is_set(body, pointer):
             continue
+        said |= {pointer, *(f"/{other}" for other in _SAME.get(pointer[1:], ()))}
         if "generation_config" in body:
             pointer = pointer.replace("/generationConfig/", "/generation_config/")
         if (
@@ -13216,8 +13422,10 @@ def _is_set(body: JsonObject, pointer: str) -> bool:
     for part in above:
         value = as_object(value)
         value = value.get(part, value.get(_snake(part)))
-    names = (last, _snake(last), *_SAME.get(last, ()))
-    return any(as_object(value).get(name) is not None for name in names)
+    names = (last, *_SAME.get(last, ()))
+    spelt = (*names, *map(_snake, names))
+    here = any(as_object(value).get(name) is not None for name in spelt)
+    return here or body.get(_SAME_ELSEWHERE.get(pointer, "")) is not None
 
 
 def _snake(name: str) -> str:
@@ -13811,6 +14019,16 @@ _TZ_WITHOUT = {
     "aws_sagemaker": "put an OpenAI-compatible server before the endpoint and give its api_base",
     "dummy": "it answers nothing real; echo/echo is our built-in model",
 }
+# How a provider is spoken to at a base of its own, by its type.
+_TZ_WAYS: dict[str, JsonObject] = {
+    "gcp_vertex_gemini": {"auth": "bearer", "api_protocol": "generate_content"},
+    "anthropic": {"api_protocol": "messages"},
+    "azure": {"derives": "azure", "auth": "api-key", "api_protocol": "chat_completions"},
+}
+_TZ_AZURE_VERSION = "api-version=2025-04-01-preview"  # the one that TensorZero asks for
+_TZ_LIMITS = {
+    "model_inferences_per_minute": "requests_per_minute", "tokens_per_minute": "tokens_per_minute",
+}  # fmt: skip
 # Types whose models count the tokens of their reasoning.
 _TZ_BUDGETED = ("anthropic", "google_ai_studio_gemini", "gcp_vertex_gemini", "aws_bedrock")
 
@@ -13825,8 +14043,6 @@ _TZ_TOP: dict[str, tuple[str, str]] = {
     "evaluations": _THEIR_LOOP,
     "optimizers": _THEIR_LOOP,
     "autopilot": _THEIR_LOOP,
-    "rate_limiting": (
-        "warning", "limits by tag and key are not shipped yet; those of providers and models are"),
 }  # fmt: skip
 _TZ_GATEWAY: dict[str, tuple[str, str]] = {
     "observability": _NO_DATABASE,
@@ -13834,9 +14050,8 @@ _TZ_GATEWAY: dict[str, tuple[str, str]] = {
     "disable_pseudonymous_usage_analytics": ("info", "nothing phones home"),
     "unstable_disable_feedback_target_validation": _THEIR_LOOP,
     "unstable_error_json": ("info", "errors are structured"),
-    "metrics": ("warning", "Prometheus metrics are not shipped yet"),
+    "metrics": ("info", "GET /metrics has them, by names of our own"),
     "cache": ("warning", "there is no cache of answers"),
-    "export": ("warning", "OpenTelemetry is not shipped yet"),
     "fetch_and_encode_input_files_before_inference": (
         "info", "media at URLs are fetched for providers that need the bytes"),
     "global_outbound_http_intra_stream_read_timeout_ms": ("info", "see upstream.timeouts.idle_s"),
@@ -14005,6 +14220,7 @@ class _Migrator:
         self._models: dict[str, JsonObject] = {}
         self._presets: dict[str, JsonObject] = {}
         self._server: JsonObject = {}
+        self._otel: JsonObject = {}
         self._timeouts: JsonObject = {}
         self._kinds: dict[str, str] = {}  # model -> the type of its first provider
         self._tools: dict[str, JsonObject] = {}
@@ -14032,6 +14248,7 @@ class _Migrator:
             self._tool(name, table)
         for name, table in top.table("functions").tables():
             self._function(name, table)
+        self._limits(top.table("rate_limiting"))
         top.end(_TZ_TOP)
         self._check()
         text = self._written()
@@ -14105,7 +14322,68 @@ class _Migrator:
             self._providers["relay"] = {"api_base": f"{url}/openai/v1", **key}
             self._reasons["providers", "relay"] = self.where(relay.path)
         relay.end()
+        self._export(table.table("export"))
         table.end(_TZ_GATEWAY)
+
+    def _export(self, export: _Table) -> None:
+        otlp = export.table("otlp")
+        traces = otlp.table("traces")
+        wanted = traces.take("enabled", bool, False)
+        settings: JsonObject = {"metrics": False}  # TensorZero exports none
+        headers = traces.take("extra_headers", dict, {})
+        if headers:
+            settings["headers"] = {name: str(value) for name, value in headers.items()}
+        if traces.take("include_content", bool, False):
+            settings["content"] = "full"
+        form = traces.take("format", str, "opentelemetry")
+        if form != "opentelemetry":
+            said = f"{form}: spans follow OpenTelemetry's own conventions here"
+            self.note("warning", (*traces.path, "format"), said)
+        if wanted:
+            self._otel = settings
+            said = "sent over HTTP, not gRPC: OTEL_EXPORTER_OTLP_ENDPOINT is then the collector's"
+            self.note("note", (*traces.path, "enabled"), f"{said} port 4318, not 4317")
+        traces.end()
+        otlp.end()
+        export.end()
+
+    def _limits(self, table: _Table) -> None:
+        """Rules: one for everybody is the limit of the provider, if there is but one; the others
+        are told."""
+        enabled = table.take("enabled", bool, True)
+        for i, rule in enumerate(table.take("rules", list, [])):
+            path = (*table.path, f"rules[{i}]")
+            rule = as_object(rule)
+            scope = rule.get("scope") or []
+            limits = {
+                ours: rule[theirs]
+                for theirs, ours in _TZ_LIMITS.items()
+                if enabled and not scope and type(rule.get(theirs)) is int
+            }
+            used = self._providers_used()
+            if len(used) == 1 and limits:
+                mine = self._providers.setdefault(used[0], {})
+                mine["rate_limits"] = {"*": {**mine.get("rate_limits", {}).get("*", {}), **limits}}
+                self._reasons.setdefault(("providers", used[0]), self.where(table.path))
+            told = [
+                key
+                for key in rule
+                if "_per_" in key and not (len(used) == 1 and _TZ_LIMITS.get(key) in limits)
+            ]
+            if told and enabled:
+                for_whom = "for everybody" if not scope else f"by {show_json(scope)}"
+                said = f"{', '.join(told)} {for_whom}: no such limit is shipped yet; "
+                self.note("warning", path, said + "`rate_limits` of providers and models are")
+        table.end({
+            "backend": ("info", "limits are counted in the process"),
+            "default_cost": ("warning", "limits of cost are not shipped yet"),
+        })  # fmt: skip
+
+    def _providers_used(self) -> list[str]:
+        named = {e["provider"] for model in self._models.values() for e in model["endpoints"]}
+        ids = {preset.get("model", "") for preset in self._presets.values()}
+        places = {split_place(one)[0] for one in ids if one and one not in self._models}
+        return sorted(named | places)
 
     def _provider_type(self, kind: str, table: _Table) -> None:
         defaults = table.table("defaults")
@@ -14160,7 +14438,7 @@ class _Migrator:
         if not service and "endpoint_id" not in table.left:
             self.note("warning", (*table.path, facts.model_key), "this key is required")
             return None
-        provider = self._provider(model, name, kind, facts, table)
+        provider = self._provider(model, name, kind, service, table)
         if provider is None:
             return None
         endpoint: JsonObject = {"provider": provider, "service_id": service, "name": name}
@@ -14182,11 +14460,12 @@ class _Migrator:
         return endpoint
 
     def _provider(
-        self, model: str, name: str, kind: str, facts: _TzType, table: _Table
+        self, model: str, name: str, kind: str, service: str, table: _Table
     ) -> str | None:
         """The provider of ours that stands for an instance of a type: base, protocol and key."""
+        facts = _TZ_TYPES[kind]
         ours = facts.ours
-        base = self._usable_base(kind, table, needed=not ours)
+        base = self._usable_base(kind, service, table, needed=not ours)
         if base is None:
             return None
         protocol = ""
@@ -14208,10 +14487,9 @@ class _Migrator:
         if protocol:
             given["api_protocol"] = protocol
         if kind == "gcp_vertex_gemini" and base:
-            given |= {"auth": "bearer", "api_protocol": "generate_content"}
             self.note("note", table.path, "set VERTEX_ACCESS_TOKEN: an access token of yours")
-        elif kind == "anthropic" and base:
-            given["api_protocol"] = "messages"
+        if kind in _TZ_WAYS and base:
+            given |= _TZ_WAYS[kind]
         elif given and ours and (ours != "openai" or not base):
             given["derives"] = ours
         if facts.limit:
@@ -14237,8 +14515,8 @@ class _Migrator:
             self._reasons["providers", chosen] = self.where(path)
         return chosen
 
-    def _usable_base(self, kind: str, table: _Table, *, needed: bool) -> str | None:
-        base = self._base(kind, table)
+    def _usable_base(self, kind: str, service: str, table: _Table, *, needed: bool) -> str | None:
+        base = self._base(kind, service, table)
         wrong = base_problem(base) if base and "${" not in base else ""
         if needed and not base:
             wrong = "this key is required"
@@ -14246,7 +14524,7 @@ class _Migrator:
             self.note("warning", (*table.path, "api_base"), wrong)
         return None if wrong else base
 
-    def _base(self, kind: str, table: _Table) -> str | None:
+    def _base(self, kind: str, service: str, table: _Table) -> str | None:
         """Where a provider is, if not at its usual place; None if that cannot be told."""
         base = table.take("api_base", str, "").rstrip("/")
         if kind == "anthropic":
@@ -14258,7 +14536,8 @@ class _Migrator:
                 said = "an endpoint is a URL or a variable here"
                 self.note("warning", (*table.path, "endpoint"), said)
                 return None
-            base = f"{source.rstrip('/')}/openai/v1" if source else ""
+            where = f"{source.rstrip('/')}/openai/deployments/{quote(service)}"
+            base = f"{where}?{_TZ_AZURE_VERSION}" if source else ""
         if kind == "gcp_vertex_gemini":
             place, project = table.take("location", str, ""), table.take("project_id", str, "")
             if project and place:
@@ -14623,6 +14902,9 @@ class _Migrator:
         sections: list[tuple[_TzPath, JsonObject, str]] = []
         if self._server:
             sections.append((("server",), self._server, self.where(("gateway",))))
+        if self._otel:
+            where = self.where(("gateway", "export", "otlp", "traces"))
+            sections.append((("otel",), self._otel, where))
         if self._timeouts:
             sections.append((("upstream", "timeouts"), self._timeouts, self.where(("gateway",))))
         for section, entries in (
@@ -15402,27 +15684,2652 @@ def _stands_for(schema: JsonObject, root: JsonObject) -> Json:
 
 
 # ---------------------------------------------------------------------------------------------
-# 28. logs: one line per event, for people or for machines
+# 28. receipts: what is kept of a request (pure)
+# ---------------------------------------------------------------------------------------------
+# A receipt says who asked for what, who answered, what it took and what it cost. It never holds
+# contents. Its three other forms are here: JSON for callers, a row for the ledger, CSV for
+# spreadsheets. So are the questions that the ledger answers, and the shape of its answers.
+
+
+class Tried(NamedTuple):
+    """One attempt at one target.
+
+    Attributes:
+        host, port: of the target.
+        began: seconds after the request came.
+        took: seconds.
+        status: of the upstream's answer, or what it amounts to; 200 when it answered.
+        code: "" if it answered; else our error code, such as upstream_error.
+    """
+
+    provider: str
+    model: str
+    account: str
+    protocol: str
+    host: str
+    port: int
+    began: float
+    took: float
+    status: int
+    code: str
+
+
+class Receipt(NamedTuple):
+    """What is kept of one request. Text is "" where there is none.
+
+    Attributes:
+        at: when it came, milliseconds since 1970.
+        op: chat_completions, responses, messages, generate_content, embeddings, ...
+        caller: what the client calls itself, such as openai-python/3.57.0.
+        key: the name of the bitrouter key it used.
+        asked: the model as asked for.
+        provider, model, account: who served it.
+        status: what the caller got; 499 if it hung up.
+        estimated: the usage was not reported, but estimated.
+        cost_nano: billionths of a dollar; None if unknown, which is not the same as zero.
+        ttft: seconds to the first token to the caller.
+        took: seconds, the whole request.
+        upstream: seconds of it spent waiting for upstreams.
+        warnings: separated by commas.
+        session: the caller's own name for its conversation.
+        trace, span, parent: ids in hex: of the trace, of our root span, of the caller's span.
+        facts: parameters of the request, for its span: temperature, max_tokens, ...
+    """
+
+    id: str
+    at: int
+    op: str
+    caller: str
+    key: str
+    asked: str
+    provider: str
+    model: str
+    account: str
+    status: int
+    code: str
+    stream: bool
+    tried: tuple[Tried, ...]
+    usage: Usage | None
+    estimated: bool
+    cost_nano: int | None
+    price: Price | None
+    ttft: float | None
+    took: float
+    upstream: float
+    finish: str
+    response_id: str
+    warnings: str
+    session: str
+    tags: tuple[tuple[str, str], ...]
+    trace: str
+    span: str
+    parent: str
+    facts: tuple[tuple[str, str | int | float | bool], ...]
+
+
+def receipt_json(receipt: Receipt) -> JsonObject:
+    """A receipt as callers get it: times in milliseconds, cost in dollars and in nano-dollars."""
+    used, cost = receipt.usage, receipt.cost_nano
+    return {
+        "id": receipt.id,
+        "time": iso_time(receipt.at),
+        "op": receipt.op,
+        "caller": receipt.caller,
+        "key": receipt.key,
+        "asked": receipt.asked,
+        "provider": receipt.provider,
+        "model": receipt.model,
+        "account": receipt.account,
+        "status": receipt.status,
+        "code": receipt.code,
+        "stream": receipt.stream,
+        "attempts": [_tried_json(tried) for tried in receipt.tried],
+        "usage": {**used._asdict(), "estimated": receipt.estimated} if used else None,
+        "cost_usd": None if cost is None else cost / 1e9,
+        "cost_nano": cost,
+        "price": _rates(_tier(receipt.price, used)) if receipt.price else None,
+        "ttft_ms": None if receipt.ttft is None else _ms(receipt.ttft),
+        "took_ms": _ms(receipt.took),
+        "overhead_ms": _ms(max(0.0, receipt.took - receipt.upstream)),
+        "finish": receipt.finish,
+        "warnings": receipt.warnings.split(",") if receipt.warnings else [],
+        "session": receipt.session,
+        "tags": dict(receipt.tags),
+        "trace": receipt.trace,
+    }
+
+
+def _tried_json(tried: Tried) -> JsonObject:
+    return {
+        "provider": tried.provider,
+        "model": tried.model,
+        "account": tried.account,
+        "protocol": tried.protocol,
+        "status": tried.status,
+        "code": tried.code,
+        "began_ms": _ms(tried.began),
+        "took_ms": _ms(tried.took),
+    }
+
+
+def _tier(price: Price, used: Usage | None) -> Price:
+    """The price that was charged: a longer prompt falls into another tier."""
+    tokens = used.input_tokens if used else 0
+    return next((tier for above, tier in price.tiers[::-1] if tokens > above), price)
+
+
+def _rates(price: Price) -> JsonObject:
+    return dict(zip(Price._fields[:4], price, strict=False))
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 3)
+
+
+def iso_time(at: int) -> str:
+    """Milliseconds since 1970 as a time in UTC: 2026-11-25T17:00:00.123Z."""
+    import datetime as dt  # 2 ms, and not wanted before somebody asks
+
+    when = dt.datetime(1970, 1, 1, tzinfo=dt.UTC) + dt.timedelta(milliseconds=at)
+    return when.isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+# Rows. Numbers come first: sums need not read past them. Times are whole microseconds. `tags` is
+# a JSON object; `price` a JSON array of dollars per million tokens: input, output, cache read and
+# cache write; `attempts` one of [provider, model, account, protocol, status, code, began, took].
+
+_TEXTS = (
+    *("provider", "model", "key", "session", "caller", "asked", "id"),
+    *("op", "account", "code", "finish", "warnings", "trace"),
+)
+RECEIPT_COLUMNS = (
+    *("at", "status", *Usage._fields, "cost_nano", "ttft_us", "took_us", "upstream_us"),
+    *("stream", "estimated", *_TEXTS, "tags", "price", "attempts"),
+)
+
+_MOST_TOKENS, _MOST_NANO = 10**12, 10**15  # what is more is garbage, and would overflow sums
+_NO_TOKENS = (None,) * len(Usage._fields)
+_JSON = json.JSONEncoder(separators=(",", ":")).encode
+_texts = operator.attrgetter(*_TEXTS)
+
+
+def receipt_row(receipt: Receipt) -> tuple[str | int | None, ...]:
+    """A receipt as the ledger keeps it, in the order of RECEIPT_COLUMNS."""
+    used, cost, price = receipt.usage, receipt.cost_nano, receipt.price
+    ttft, tags = receipt.ttft, receipt.tags
+    return (
+        receipt.at,
+        receipt.status,
+        *(_NO_TOKENS if used is None or sum(used) > _MOST_TOKENS else used),
+        None if cost is None or cost > _MOST_NANO else cost,
+        None if ttft is None else int(ttft * 1e6 + 0.5),
+        int(receipt.took * 1e6 + 0.5),
+        int(receipt.upstream * 1e6 + 0.5),
+        1 if receipt.stream else 0,
+        1 if receipt.estimated else 0,
+        *_texts(receipt),
+        _tags_text(tags) if tags else "",
+        _price_text(_tier(price, used) if price.tiers else price) if price else "",
+        f"[{','.join([_tried_text(tried) for tried in receipt.tried])}]",
+    )
+
+
+def receipt_of(row: Iterable[Any]) -> Receipt:
+    """The receipt of a row, as far as it was kept: without hosts, spans and facts."""
+    cells = dict(zip(RECEIPT_COLUMNS, row, strict=True))
+    used = [cells[name] for name in Usage._fields]
+    ttft = cells["ttft_us"]
+    return Receipt(
+        **{name: cells[name] for name in _TEXTS},
+        at=cells["at"],
+        status=cells["status"],
+        stream=bool(cells["stream"]),
+        tried=tuple(
+            Tried._make((*one[:4], "", 0, one[6] / 1e6, one[7] / 1e6, *one[4:6]))
+            for one in json.loads(cells["attempts"])
+        ),
+        usage=None if used[0] is None else Usage(*used),
+        estimated=bool(cells["estimated"]),
+        cost_nano=cells["cost_nano"],
+        price=Price(*json.loads(cells["price"])) if cells["price"] else None,
+        ttft=None if ttft is None else ttft / 1e6,
+        took=cells["took_us"] / 1e6,
+        upstream=cells["upstream_us"] / 1e6,
+        response_id="",
+        tags=tuple(json.loads(cells["tags"]).items()) if cells["tags"] else (),
+        span="",
+        parent="",
+        facts=(),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _tags_text(tags: tuple[tuple[str, str], ...]) -> str:
+    return _JSON(dict(tags))
+
+
+@functools.lru_cache(maxsize=1024)
+def _price_text(price: Price) -> str:
+    return _JSON([*_rates(price).values()])
+
+
+def _tried_text(tried: Tried) -> str:
+    provider, model, account, protocol, _, _, began, took, status, code = tried
+    head = _tried_head(provider, model, account, protocol, status, code)
+    return f"{head},{int(began * 1e6 + 0.5)},{int(took * 1e6 + 0.5)}]"
+
+
+@functools.lru_cache(maxsize=1024)
+def _tried_head(*facts: str | int) -> str:
+    return _JSON(facts)[:-1]
+
+
+# Questions, from the parameters of a URL or a command.
+
+
+_Filters: TypeAlias = tuple[tuple[str, tuple[str | int, ...]], ...]
+
+
+class UsageQuery(NamedTuple):
+    """What to add up.
+
+    Attributes:
+        since, until: milliseconds since 1970, the second excluded; since is None for all.
+        where: name of a filter -> the values that its condition compares with.
+        csv: the answer is wanted as CSV.
+    """
+
+    since: int | None
+    until: int
+    group_by: str
+    where: _Filters
+    csv: bool
+
+
+class RequestsQuery(NamedTuple):
+    """Which receipts to list, newest first.
+
+    Attributes:
+        since, until, where, csv: as in UsageQuery.
+        limit: at most so many.
+        before: time and row number of a receipt: only what is older.
+    """
+
+    since: int | None
+    until: int
+    where: _Filters
+    limit: int
+    before: tuple[int, int] | None
+    csv: bool
+
+
+USAGE_GROUPS = ("model", "provider", "key", "session", "tag", "day", "hour")
+_NARROWING = ("id", "model", "provider", "key", "caller", "session", "tag", "status")
+_MOST_LISTED, _LONGEST_VALUE = 1000, 256
+
+
+def usage_query(asked: Mapping[str, str], now_ms: int) -> UsageQuery:
+    """Read a question for sums; without a time, of the last 30 days. Raises BadRequest."""
+    _only(asked, "from", "to", "group_by", "format", *_NARROWING)
+    since, until = _span(asked, "30d", now_ms)
+    group_by = _choice(asked, "group_by", USAGE_GROUPS) or "model"
+    return UsageQuery(since, until, group_by, _where(asked), _wants_csv(asked))
+
+
+def requests_query(asked: Mapping[str, str], now_ms: int) -> RequestsQuery:
+    """Read a question for receipts; without a time, the latest of all. Raises BadRequest."""
+    _only(asked, "from", "to", "limit", "before", "format", *_NARROWING)
+    since, until = _span(asked, "all", now_ms)
+    limit = asked.get("limit") or "50"
+    if not re.fullmatch("[0-9]{1,4}", limit) or not 1 <= int(limit) <= _MOST_LISTED:
+        raise _odd(asked, "limit", f"a number from 1 to {_MOST_LISTED}")
+    cursor = asked.get("before", "")
+    found = re.fullmatch("([0-9]{1,15})-([0-9]{1,18})", cursor)
+    if cursor and not found:
+        raise _odd(asked, "before", "the `next` of an earlier answer")
+    before = (int(found[1]), int(found[2])) if found else None
+    return RequestsQuery(since, until, _where(asked), int(limit), before, _wants_csv(asked))
+
+
+def _odd(asked: Mapping[str, str], name: str, wanted: str) -> BadRequest:
+    found = printable(asked[name], 64)
+    return BadRequest(f"{name}: expected {wanted}, got {found!r}", param=name)
+
+
+def _only(asked: Mapping[str, str], *known: str) -> None:
+    for name in asked:
+        if name not in known:
+            near = near_misses(name, known, 2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(known)}"
+            shown = printable(name, 64)
+            raise BadRequest(f"{shown}: there is no such parameter; {hint}", param=shown)
+
+
+def _choice(asked: Mapping[str, str], name: str, allowed: tuple[str, ...]) -> str:
+    given = asked.get(name, "")
+    if given and given not in allowed:
+        near = near_misses(given, allowed, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise _odd(asked, name, f"one of {', '.join(allowed)}{hint}")
+    return given
+
+
+def _wants_csv(asked: Mapping[str, str]) -> bool:
+    return _choice(asked, "format", ("json", "csv")) == "csv"
+
+
+def _where(asked: Mapping[str, str]) -> _Filters:
+    found: list[tuple[str, tuple[str | int, ...]]] = []
+    for name in _NARROWING:
+        given = asked.get(name, "")
+        if len(given) > _LONGEST_VALUE or not given.isprintable():
+            raise _odd(asked, name, f"at most {_LONGEST_VALUE} printable characters")
+        if given and name == "status":
+            found.append((name, _status_range(asked)))
+        elif given and name == "tag":
+            tag = re.fullmatch("([^:=]+)[:=](.*)", given)
+            if not tag:
+                raise _odd(asked, name, "NAME:VALUE")
+            found.append((name, (f"{_JSON(tag[1])}:{_JSON(tag[2])}",)))  # as in a row's tags
+        elif given:
+            found.append((name, (given,)))
+    return tuple(found)
+
+
+def _status_range(asked: Mapping[str, str]) -> tuple[int, int]:
+    given = asked["status"]
+    if given == "error":
+        return 400, 999
+    if re.fullmatch("[1-5](xx|[0-9][0-9])", given):
+        return int(given.replace("x", "0")), int(given.replace("x", "9"))
+    raise _odd(asked, "status", "a status such as 429, a class such as 4xx, or error")
+
+
+# Spans of time. Days are days of UTC.
+
+_UNITS_MS = {"h": 3_600_000, "d": 86_400_000, "w": 7 * 86_400_000}
+_LAST_MS = 253_402_300_799_999  # the end of the year 9999
+_DATE_LENGTH = len("2026-11-25")  # what is longer has a time, too
+_TIMES = "a date (2026-11-25), a time (2026-11-25T17:00Z) or a span until now (24h, 7d, 2w"
+
+
+def _span(asked: Mapping[str, str], default: str, now_ms: int) -> tuple[int | None, int]:
+    """The times asked for; both ends are days, the second is meant to the end of that day."""
+    given = asked.get("from") or default
+    since = None if given == "all" else _instant(given, now_ms, 0)
+    until = _instant(asked.get("to") or "0h", now_ms, _UNITS_MS["d"])
+    if since is None and given != "all":
+        raise _odd(asked, "from", f"{_TIMES}, all)")
+    if until is None:
+        raise _odd(asked, "to", f"{_TIMES})")
+    if since is not None and since >= until:
+        name = "from" if asked.get("from") else "to"
+        raise _odd(asked, name, f"`from` before `to`, which is {iso_time(until)}")
+    return since, until
+
+
+def _instant(text: str, now_ms: int, day_ms: int) -> int | None:
+    """Milliseconds since 1970; None if it is no time. day_ms: added to a date without a time."""
+    import datetime as dt
+
+    if back := re.fullmatch("([0-9]{1,5})([hdw])", text):
+        return max(0, now_ms - int(back[1]) * _UNITS_MS[back[2]])
+    text = re.sub("(?<=T)([0-9:.]+) (?=[0-9:]{4,5}$)", r"\1+", text)  # a plus, not encoded in a URL
+    try:
+        when = dt.datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    when = when if when.tzinfo else when.replace(tzinfo=dt.UTC)
+    at = (when - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) // dt.timedelta(milliseconds=1)
+    return min(max(0, at) + (day_ms if len(text) <= _DATE_LENGTH else 0), _LAST_MS)
+
+
+# Answers.
+
+# What is summed up in each group, in this order.
+USAGE_SUMS = (
+    *("requests", "errors", *Usage._fields, "cost_nano", "priced", "unpriced"),
+    *("ttft_us", "with_ttft", "took_us"),
+)
+_MOST_GROUPS, _OTHERS = 10_000, "(others)"
+
+
+def usage_answer(query: UsageQuery, rows: Iterable[tuple[Any, ...]]) -> JsonObject:
+    """Sums as callers get them.
+
+    Args:
+        rows: a group and its USAGE_SUMS each, the most expensive first. A group of `tag` is a
+            row's tags, of `day` and `hour` their number since 1970.
+    """
+    groups: dict[str, list[int]] = {}
+    total = [0] * len(USAGE_SUMS)
+    for group, *sums in rows:
+        sums = [number or 0 for number in sums]
+        total = [*map(operator.add, total, sums)]
+        for name in _group_names(query.group_by, group):
+            if name not in groups and len(groups) >= _MOST_GROUPS:
+                name = _OTHERS
+            groups[name] = [*map(operator.add, groups.get(name, [0] * len(sums)), sums)]
+    if query.group_by in ("day", "hour"):
+        order = sorted(groups.items())
+    else:
+        cost, requests = USAGE_SUMS.index("cost_nano"), 0
+        order = sorted(groups.items(), key=lambda one: (-one[1][cost], -one[1][requests], one[0]))
+    return {
+        "object": "usage",
+        "from": None if query.since is None else iso_time(query.since),
+        "to": iso_time(query.until),
+        "group_by": query.group_by,
+        "data": [{"group": name, **_sums_json(sums)} for name, sums in order],
+        "total": _sums_json(total),
+    }
+
+
+def _group_names(group_by: str, group: Any) -> list[str]:
+    if group_by == "tag":  # a request is in the group of each of its tags
+        return [f"{k}={v}" for k, v in json.loads(group).items()] if group else [""]
+    if group_by == "day":
+        return [iso_time(group * _UNITS_MS["d"])[:10]]
+    if group_by == "hour":
+        return [iso_time(group * _UNITS_MS["h"])[:16] + "Z"]
+    return [group]
+
+
+def _sums_json(sums: list[int]) -> JsonObject:
+    found = dict(zip(USAGE_SUMS, sums, strict=True))
+    priced, ttft_us, with_ttft = (found.pop(name) for name in ("priced", "ttft_us", "with_ttft"))
+    took_us, requests = found.pop("took_us"), found["requests"]
+    unknown = found["unpriced"] and not priced  # what nobody knows is not zero
+    return {
+        **found,
+        "cost_nano": None if unknown else found["cost_nano"],
+        "cost_usd": None if unknown else found["cost_nano"] / 1e9,
+        "ttft_ms": round(ttft_us / with_ttft / 1000, 3) if with_ttft else None,
+        "took_ms": round(took_us / requests / 1000, 3) if requests else None,
+    }
+
+
+def requests_answer(query: RequestsQuery, rows: Iterable[tuple[Any, ...]]) -> JsonObject:
+    """A page of receipts as callers get it. rows: a row number and RECEIPT_COLUMNS each, one row
+    more than the query's limit if there are more."""
+    found = [*rows]
+    page = found[: query.limit]
+    more = len(found) > len(page)
+    return {
+        "object": "list",
+        "data": [receipt_json(receipt_of(cells)) for _, *cells in page],
+        "has_more": more,
+        "next": f"{page[-1][1]}-{page[-1][0]}" if more else None,
+    }
+
+
+# CSV as spreadsheets read it (RFC 4180).
+
+_USAGE_CSV = (
+    *("group", "requests", "errors", *Usage._fields, "cost_usd", "cost_nano", "unpriced"),
+    *("ttft_ms", "took_ms"),
+)
+_REQUESTS_CSV = (
+    *("id", "time", "op", "caller", "key", "asked", "provider", "model", "account", "status"),
+    *("code", "stream", "attempts", *Usage._fields, "estimated", "cost_usd", "cost_nano"),
+    *("price_input", "price_output", "price_cache_read", "price_cache_write", "ttft_ms", "took_ms"),
+    *("overhead_ms", "finish", "warnings", "session", "tags", "trace"),
+)
+
+
+def answer_csv(answer: JsonObject) -> str:
+    """The `data` of an answer to a UsageQuery or a RequestsQuery."""
+    columns = _USAGE_CSV if answer["object"] == "usage" else _REQUESTS_CSV
+    lines = [",".join(columns)]
+    for one in answer["data"]:
+        facts = _flat(one)
+        lines.append(",".join(_csv_cell(facts.get(name)) for name in columns))
+    return "\r\n".join(lines) + "\r\n"
+
+
+def _flat(one: JsonObject) -> JsonObject:
+    nano, price = one["cost_nano"], one.get("price") or {}
+    tried = [
+        f"{a['provider']}/{a['model']} {a['code'] or a['status']}" for a in one.get("attempts", ())
+    ]
+    return {
+        **one,
+        **(one.get("usage") or {}),
+        **{f"price_{name}": rate for name, rate in price.items()},
+        "cost_usd": None if nano is None else f"{nano // 10**9}.{nano % 10**9:09}",
+        "attempts": "; ".join(tried),
+        "warnings": ",".join(one.get("warnings", ())),
+        "tags": ",".join(f"{name}={value}" for name, value in one.get("tags", {}).items()),
+    }
+
+
+def _csv_cell(value: str | float | None) -> str:
+    if not isinstance(value, str):
+        return "" if value is None else json.dumps(value)
+    if value.startswith(("=", "+", "-", "@", "\t", "\r")):
+        value = "'" + value  # or else a spreadsheet runs it as a formula
+    quoted = value.replace('"', '""')
+    return f'"{quoted}"' if re.search('[",\r\n]', value) else value
+
+
+# ---------------------------------------------------------------------------------------------
+# 29. metrics: counters, histograms and gauges, and Prometheus' text of them (pure)
+# ---------------------------------------------------------------------------------------------
+# What has happened since the start, by instrument and label set. Prometheus reads it as text,
+# the OpenTelemetry collector as OTLP; both from one table of instruments.
+#
+# Names, units, attributes and bounds that start with `gen_ai.` are OpenTelemetry's. In its words
+# we are a server to our callers (gen_ai.server.*, one observation a request) and a client of the
+# providers (gen_ai.client.*, one an attempt).
+# wire: github.com/open-telemetry/semantic-conventions-genai docs/gen-ai/gen-ai-metrics.md, read
+# 2026-11; opentelemetry.io/docs/specs/otel/compatibility/prometheus_and_openmetrics
+
+_OP, _PROVIDER, _MODEL = "gen_ai.operation.name", "gen_ai.provider.name", "gen_ai.request.model"
+_KEY, _ERROR, _TYPE = "bitrouter.api_key_id", "error.type", "gen_ai.token.type"
+_CALLED = (_OP, _PROVIDER, _MODEL)
+
+_CALLERS_OWN = {_MODEL, _KEY}  # what callers can make up without end
+_MAX_LABEL = 128  # characters
+
+_SECONDS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5.12, 10.24, 20.48, 40.96, 81.92)
+_TO_FIRST = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+)  # fmt: skip
+_PER_TOKEN = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5)
+_TOKENS = tuple(float(4**n) for n in range(14))
+_OVERHEAD = (
+    50e-6, 100e-6, 150e-6, 200e-6, 300e-6, 400e-6, 600e-6, 800e-6, 0.001, 0.002, 0.005, 0.01, 0.1,
+)  # fmt: skip
+
+
+class Instrument(NamedTuple):
+    """One thing that is counted or measured.
+
+    Attributes:
+        kind: counter (only grows), gauge, or histogram.
+        unit: in UCUM, as OpenTelemetry writes it; what is in braces is a remark.
+        bounds: of a histogram's buckets, upper ends included.
+        divisor: the unit's share of a counter: nano-dollars are summed as whole numbers.
+    """
+
+    name: str
+    kind: str
+    unit: str
+    labels: tuple[str, ...]
+    help: str
+    bounds: tuple[float, ...] = ()
+    divisor: int = 1
+
+
+# fmt: off
+INSTRUMENTS = {instrument.name: instrument for instrument in (
+    Instrument("bitrouter.requests", "counter", "{request}",
+               (*_CALLED, _KEY, "http.response.status_code"),
+               "Requests from callers, by who served them and the status they got."),
+    Instrument("bitrouter.errors", "counter", "{request}", (*_CALLED, _KEY, _ERROR),
+               "Requests that ended in an error, by its code."),
+    Instrument("bitrouter.attempts", "counter", "{attempt}", (*_CALLED, _ERROR),
+               "Attempts at providers' models; error_type is empty for those that answered."),
+    Instrument("bitrouter.fallbacks", "counter", "{fallback}", (*_CALLED, _ERROR),
+               "Failed attempts after which another target was tried, by the target that failed."),
+    Instrument("gen_ai.server.request.duration", "histogram", "s", (*_CALLED, _ERROR),
+               "Time from a request's arrival to the last byte of its answer.", _SECONDS),
+    Instrument("gen_ai.server.time_to_first_token", "histogram", "s", _CALLED,
+               "Time from a request's arrival to the first token of its answer.", _TO_FIRST),
+    Instrument("gen_ai.server.time_per_output_token", "histogram", "s", _CALLED,
+               "Time per output token after the first one, of streams.", _PER_TOKEN),
+    Instrument("gen_ai.client.operation.duration", "histogram", "s", (*_CALLED, _ERROR),
+               "Time that one attempt at a provider took.", _SECONDS),
+    Instrument("gen_ai.client.token.usage", "histogram", "{token}", (*_CALLED, _TYPE),
+               "Input and output tokens of a request.", _TOKENS),
+    Instrument("bitrouter.tokens", "counter", "{token}", (*_CALLED, _KEY, _TYPE),
+               "Tokens by type: cache_read, cache_write are part of input, reasoning of output."),
+    Instrument("bitrouter.cost_usd", "counter", "{USD}", (*_CALLED, _KEY),
+               "What priced requests cost, in US dollars.", divisor=1_000_000_000),
+    Instrument("bitrouter.unpriced", "counter", "{request}", (*_CALLED, _KEY),
+               "Requests that used tokens whose price is not known."),
+    Instrument("bitrouter.overhead", "histogram", "s", (_OP,),
+               "Time a request took less the time spent waiting for providers.", _OVERHEAD),
+    Instrument("bitrouter.in_flight", "gauge", "{request}", (),
+               "Requests being served right now."),
+    Instrument("bitrouter.cooling", "gauge", "s", ("bitrouter.target",),
+               "Time until a target that failed is tried first again."),
+    Instrument("bitrouter.loop_lag", "gauge", "s", (),
+               "How late the event loop ran what was due."),
+    Instrument("bitrouter.queue.length", "gauge", "{item}", ("bitrouter.queue",),
+               "What waits to be written or exported."),
+    Instrument("bitrouter.queue.dropped", "counter", "{item}", ("bitrouter.queue",),
+               "What was dropped since its queue was full or nobody took it."),
+)}
+
+# Our ids of providers -> OpenTelemetry's, where it has one of its own spelling.
+GEN_AI_PROVIDERS = {
+    "aws-bedrock": "aws.bedrock", "azure": "azure.ai.openai", "google": "gcp.gemini",
+    "vertex": "gcp.vertex_ai", "mistral": "mistral_ai", "moonshotai": "moonshot_ai",
+    "moonshotai_coding_plan": "moonshot_ai", "xai": "x_ai",
+}
+# What is asked for -> its name among OpenTelemetry's operations, where that is another one.
+GEN_AI_OPERATIONS = {
+    "chat_completions": "chat", "responses": "chat", "messages": "chat",
+    "generateContent": "generate_content", "streamGenerateContent": "generate_content",
+    "completions": "text_completion",
+    "embedContent": "embeddings", "batchEmbedContents": "embeddings",
+}
+# fmt: on
+
+Labels: TypeAlias = tuple[str | int, ...]  # values in the order of the instrument's labels
+Cell: TypeAlias = list[float]  # [value]; of a histogram a count for each bucket, then the sum
+
+
+class _Served(NamedTuple):
+    """The cells of every request with the same who, what and outcome."""
+
+    requests: Cell
+    errors: Cell | None
+    took: Cell
+    overhead: Cell
+
+
+class _Answered(NamedTuple):
+    """The cells of every request with an answer, with the same who and what."""
+
+    input: Cell
+    output: Cell
+    counts: tuple[Cell, ...]  # in Usage's order
+    cost: Cell
+    unpriced: Cell
+    to_first: Cell
+    per_token: Cell
+
+
+class _Attempted(NamedTuple):
+    attempts: Cell
+    took: Cell
+
+
+class Metrics:
+    """Everything counted since the start. One thread writes; any may read.
+
+    Attributes:
+        cap: label sets for each instrument; then what callers can make up becomes `other`.
+    """
+
+    def __init__(self, cap: int = 1000) -> None:
+        self.cap = cap
+        self._tables: dict[str, dict[Labels, Cell]] = {name: {} for name in INSTRUMENTS}
+        # To find the cells of a request takes longer than to count it: found once for each kind.
+        self._served: dict[tuple[str | int, ...], _Served] = {}
+        self._answered: dict[tuple[str, ...], _Answered] = {}
+        self._attempted: dict[tuple[str, ...], _Attempted] = {}
+
+    def take(self, receipt: Receipt) -> None:
+        """Count one request."""
+        op, provider, model, key = receipt.op, receipt.provider, receipt.model, receipt.key
+        kind = (op, provider, model, key, receipt.status, receipt.code)
+        served = self._served.get(kind) or self._find_served(*kind)
+        served.requests[0] += 1
+        if served.errors:
+            served.errors[0] += 1
+        took = receipt.took
+        _observe(served.took, _SECONDS, took)
+        _observe(served.overhead, _OVERHEAD, took - receipt.upstream)
+        for tried in receipt.tried:
+            found = self._attempted.get((op, tried.provider, tried.model, tried.code))
+            cells = found or self._find_attempted(op, tried.provider, tried.model, tried.code)
+            cells.attempts[0] += 1
+            _observe(cells.took, _SECONDS, tried.took)
+        if len(receipt.tried) > 1:
+            self._take_fallbacks(op, receipt.tried)
+        if receipt.usage is not None or receipt.ttft is not None:
+            who = (op, provider, model, key)
+            self._take_answer(self._answered.get(who) or self._find_answered(*who), receipt)
+
+    def set(self, name: str, values: Mapping[Labels, float]) -> None:
+        """Give a gauge, or a counter that is counted elsewhere, all of its values anew."""
+        kept = list(values.items())[: self.cap]
+        self._tables[name] = {_clean(labels): [value] for labels, value in kept}
+
+    def points(self) -> Iterator[tuple[Instrument, list[tuple[Labels, Cell]]]]:
+        """Every instrument with its label sets and what was counted for each."""
+        for name, instrument in INSTRUMENTS.items():
+            cells = list(self._tables[name].items())  # whole, whatever the writer does meanwhile
+            yield instrument, [(k, c.copy()) for k, c in cells if any(c) or not instrument.bounds]
+
+    def _take_answer(self, cells: _Answered, receipt: Receipt) -> None:
+        usage, ttft = receipt.usage, receipt.ttft
+        if usage is not None:
+            _observe(cells.input, _TOKENS, usage.input_tokens)
+            if usage.output_tokens:  # embeddings have none
+                _observe(cells.output, _TOKENS, usage.output_tokens)
+            for cell, count in zip(cells.counts, usage, strict=True):
+                cell[0] += count
+            if receipt.cost_nano is None:
+                cells.unpriced[0] += 1
+            else:
+                cells.cost[0] += receipt.cost_nano
+        if ttft is not None and not receipt.code:
+            _observe(cells.to_first, _TO_FIRST, ttft)
+            if receipt.stream and usage is not None and usage.output_tokens > 1:
+                pace = (receipt.took - ttft) / (usage.output_tokens - 1)
+                _observe(cells.per_token, _PER_TOKEN, pace)
+
+    def _take_fallbacks(self, op: str, tried: tuple[Tried, ...]) -> None:
+        for this, after in itertools.pairwise(tried):
+            if this.code and this[:3] != after[:3]:  # another provider, model or account
+                labels = (*_call(op, this.provider, this.model), this.code)
+                self._cell("bitrouter.fallbacks", labels)[0] += 1
+
+    def _find_served(
+        self, op: str, provider: str, model: str, key: str, status: int, code: str
+    ) -> _Served:
+        call = _call(op, provider, model)
+        found = _Served(
+            self._cell("bitrouter.requests", (*call, key, status)),
+            self._cell("bitrouter.errors", (*call, key, code)) if code else None,
+            self._cell("gen_ai.server.request.duration", (*call, code)),
+            self._cell("bitrouter.overhead", call[:1]),
+        )
+        return _keep(self._served, (op, provider, model, key, status, code), found, self.cap)
+
+    def _find_answered(self, op: str, provider: str, model: str, key: str) -> _Answered:
+        call = _call(op, provider, model)
+
+        def tokens(kind: str) -> Cell:
+            return self._cell("bitrouter.tokens", (*call, key, kind))
+
+        found = _Answered(
+            self._cell("gen_ai.client.token.usage", (*call, "input")),
+            self._cell("gen_ai.client.token.usage", (*call, "output")),
+            tuple(map(tokens, ("input", "output", "cache_read", "cache_write", "reasoning"))),
+            self._cell("bitrouter.cost_usd", (*call, key)),
+            self._cell("bitrouter.unpriced", (*call, key)),
+            self._cell("gen_ai.server.time_to_first_token", call),
+            self._cell("gen_ai.server.time_per_output_token", call),
+        )
+        return _keep(self._answered, (op, provider, model, key), found, self.cap)
+
+    def _find_attempted(self, op: str, provider: str, model: str, code: str) -> _Attempted:
+        labels = (*_call(op, provider, model), code)
+        found = _Attempted(
+            self._cell("bitrouter.attempts", labels),
+            self._cell("gen_ai.client.operation.duration", labels),
+        )
+        return _keep(self._attempted, (op, provider, model, code), found, self.cap)
+
+    def _cell(self, name: str, labels: Labels) -> Cell:
+        """Where an instrument counts a label set; beyond the cap, where it counts the rest."""
+        table, instrument = self._tables[name], INSTRUMENTS[name]
+        labels = _clean(labels)
+        if labels not in table and len(table) >= self.cap:
+            named = zip(instrument.labels, labels, strict=True)
+            labels = tuple("other" if n in _CALLERS_OWN and v else v for n, v in named)
+        bounds = instrument.bounds
+        return table.setdefault(labels, [0] * (len(bounds) + 2) if bounds else [0])
+
+
+def _observe(cell: Cell, bounds: tuple[float, ...], value: float) -> None:
+    cell[bisect_left(bounds, value)] += 1
+    cell[-1] += value
+
+
+def _call(op: str, provider: str, model: str) -> tuple[str, str, str]:
+    operation = GEN_AI_OPERATIONS.get(op, op)
+    return operation, GEN_AI_PROVIDERS.get(provider, provider), model
+
+
+def _clean(labels: Labels) -> Labels:
+    """Labels that any reader takes: short, and without halves of characters."""
+    return tuple(
+        label if isinstance(label, int) else label[:_MAX_LABEL].encode(errors="replace").decode()
+        for label in labels
+    )
+
+
+def _keep(known: dict[Any, T], key: Labels, found: T, cap: int) -> T:
+    if len(known) >= 4 * cap:
+        known.clear()
+    known[key] = found
+    return found
+
+
+# Prometheus' text. wire: prometheus.io/docs/instrumenting/exposition_formats; with a few marks
+# more it is OpenMetrics 1.0, which scrapers ask for by `Accept`. Read 2026-11.
+
+PROMETHEUS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+OPENMETRICS_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
+_SUFFIXES = {"s": "_seconds", "By": "_bytes"}
+_LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
+
+
+def prometheus_text(metrics: Metrics, *, openmetrics: bool = False) -> str:
+    """Everything counted, as Prometheus reads it. Instruments with no value yet are announced."""
+    lines: list[str] = []
+    for instrument, points in metrics.points():
+        family = prometheus_name(instrument)
+        name = family + "_total" if instrument.kind == "counter" else family
+        shown = family if openmetrics else name
+        lines += [f"# HELP {shown} {instrument.help}", f"# TYPE {shown} {instrument.kind}"]
+        for labels, cell in points:
+            named = _named(instrument.labels, labels)
+            if instrument.bounds:
+                lines += _buckets(name, named, instrument.bounds, cell)
+            else:
+                lines.append(f"{name}{_braced(named)} {_number(cell[0] / instrument.divisor)}")
+    return "\n".join([*lines, "# EOF", ""] if openmetrics else [*lines, ""])
+
+
+def prometheus_name(instrument: Instrument) -> str:
+    """A name with its base unit, as Prometheus' conventions have it; of a counter, less _total."""
+    return instrument.name.replace(".", "_") + _SUFFIXES.get(instrument.unit, "")
+
+
+def _named(names: tuple[str, ...], labels: Labels) -> list[str]:
+    """An empty label is none, so it is left out."""
+    return [
+        f'{name.replace(".", "_")}="{str(value).translate(_LABEL_ESCAPES)}"'
+        for name, value in zip(names, labels, strict=True)
+        if value != ""
+    ]
+
+
+def _buckets(name: str, named: list[str], bounds: tuple[float, ...], cell: Cell) -> Iterator[str]:
+    """Prometheus' buckets count everything up to their bound."""
+    counts = itertools.accumulate(cell[:-1])
+    for bound, count in zip((*bounds, "+Inf"), counts, strict=True):
+        upto = _braced([*named, f'le="{bound}"'])
+        yield f"{name}_bucket{upto} {count}"
+    yield f"{name}_sum{_braced(named)} {_number(cell[-1])}"
+    yield f"{name}_count{_braced(named)} {sum(cell[:-1])}"
+
+
+def _braced(named: list[str]) -> str:
+    return f"{{{','.join(named)}}}" if named else ""
+
+
+def _number(value: float) -> str:
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+# ---------------------------------------------------------------------------------------------
+# 30. otlp: spans and metrics as the OpenTelemetry collector reads them (pure)
+# ---------------------------------------------------------------------------------------------
+# Everything is an object of OTLP's JSON form first. That is what http/json sends; `_PROTO` says
+# how the same object is written as protobuf. Spans take a short cut: what many requests have in
+# common (names, models, providers) is encoded once and kept, so that of a span only ids, times
+# and counts are left to write.
+#
+# A request is a SERVER span, "POST /v1/chat/completions", and below it a CLIENT span for each
+# attempt, "chat gpt-5.4". The conventions know no span between the two, so there is none: what
+# belongs to the whole request (key, outcome, cost) is with the SERVER span, what one model was
+# asked and what it used with the CLIENT span. gen_ai.usage.* is only there, or sums over a trace
+# would count it twice.
+# wire: opentelemetry.io/docs/specs/otlp and the .proto files of opentelemetry-proto 1.9;
+# github.com/open-telemetry/semantic-conventions-genai docs/gen-ai/gen-ai-spans.md;
+# opentelemetry.io/docs/specs/semconv/http/http-spans; all read 2026-11
+
+Value: TypeAlias = str | int | float | bool | tuple[str, ...]
+Pairs: TypeAlias = tuple[tuple[str, Value], ...]  # attributes
+
+_SERVER, _CLIENT = 2, 3  # kinds of spans
+_FAILED = 2  # a status
+_MAX_VALUE = 1024  # characters of an attribute that we did not make up
+_NO_PAIRS: Pairs = ()
+
+
+class SpanShape(NamedTuple):
+    """What many spans have in common: as an object of OTLP's JSON, and encoded."""
+
+    told: JsonObject
+    wire: bytes
+
+
+class Span(NamedTuple):
+    """One span.
+
+    Attributes:
+        trace, span, parent: ids in hex; parent is empty for the first span of a trace.
+        remote: the parent is somebody else's.
+        start, end: nanoseconds since 1970.
+        shapes: what it has in common with others: name, kind, status, most of its attributes.
+        pairs: its own attributes.
+    """
+
+    trace: str
+    span: str
+    parent: str
+    remote: bool
+    start: int
+    end: int
+    shapes: tuple[SpanShape, ...]
+    pairs: Pairs
+
+
+def spans_of(receipt: Receipt, content: Pairs = ()) -> list[Span]:
+    """A request's span, and one for each attempt.
+
+    Args:
+        content: attributes of the attempt that answered which tell what was said; bounded.
+    """
+    start = receipt.at * 1_000_000
+    spans = [_root(receipt, start)]
+    facts, answered = _facts_shape(receipt.facts), _answered(receipt)
+    for n, tried in enumerate(receipt.tried):
+        began = start + int(tried.began * 1e9)
+        is_answer = n == answered
+        finish = receipt.finish if is_answer else None
+        shape = _attempt_shape(
+            receipt.op, tried[:6], tried.status, tried.code, receipt.stream, finish
+        )
+        spans.append(
+            Span(
+                receipt.trace,
+                child_span(receipt.span, n),
+                receipt.span,
+                False,
+                began,
+                began + int(tried.took * 1e9),
+                (shape, facts),
+                (*_answer_pairs(receipt, tried), *content) if is_answer else _NO_PAIRS,
+            )
+        )
+    return spans
+
+
+def child_span(span: str, n: int) -> str:
+    """The id of the span of a request's attempt number n: what the provider gets as its parent.
+
+    Multiples of an odd number keep apart whatever they are added to.
+    """
+    return f"{(int(span, 16) + (n + 1) * 0x9E3779B97F4A7C15) % 2**64 or 1:016x}"
+
+
+def cut_text(text: str, most: int) -> str:
+    """Text of at most so many bytes in UTF-8; what was cut ends in a mark."""
+    raw, mark = text.encode(errors="replace"), "[cut]"
+    return text if len(raw) <= most else raw[: most - len(mark)].decode(errors="ignore") + mark
+
+
+# What is served -> its path. Receipts name what was asked by protocol or by operation.
+_PATHS = {
+    **{op.name: "/v1" + suffix for suffix, op in OPERATIONS.items()},
+    **{verb: "/v1beta" + op.suffix for verb, op in GEMINI_VERBS.items()},
+    **{str(protocol): path for protocol, path in GENERATE_PATHS.items()},
+}
+# Request parameters that the conventions know; the first ones are doubles there.
+_DOUBLES = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty")
+_REQUEST_FACTS = {
+    **{name: f"gen_ai.request.{name}" for name in (*_DOUBLES, "max_tokens", "seed")},
+    "n": "gen_ai.request.choice.count",
+    "output_type": "gen_ai.output.type",
+}
+
+
+def _root(receipt: Receipt, start: int) -> Span:
+    shape = _root_shape(
+        receipt[2:11],  # from op to code
+        len(receipt.tried),
+        receipt.warnings,
+        receipt.tags,
+        receipt.stream,
+        receipt.estimated,
+    )
+    pairs: list[tuple[str, Value]] = [
+        ("bitrouter.request_id", receipt.id[:_MAX_VALUE]),
+        ("bitrouter.overhead_ms", (receipt.took - receipt.upstream) * 1e3),
+    ]
+    if receipt.cost_nano is not None:
+        pairs.append(("bitrouter.cost_usd", receipt.cost_nano / 1e9))
+    if receipt.ttft is not None:
+        pairs.append(("bitrouter.ttft_ms", receipt.ttft * 1e3))
+    if receipt.session:
+        pairs.append(("gen_ai.conversation.id", receipt.session[:_MAX_VALUE]))
+    return Span(
+        receipt.trace,
+        receipt.span,
+        receipt.parent,
+        True,
+        start,
+        start + int(receipt.took * 1e9),
+        (shape,),
+        tuple(pairs),
+    )
+
+
+@functools.lru_cache(maxsize=2048)
+def _root_shape(
+    who: tuple[Any, ...],
+    attempts: int,
+    warnings: str,
+    tags: tuple[tuple[str, str], ...],
+    stream: bool,
+    estimated: bool,
+) -> SpanShape:
+    op, caller, key, asked, provider, model, account, status, code = who
+    path = _PATHS.get(op, "")
+    # wire: of a server, a 4xx is no error
+    failed = code if code and not 400 <= status < 500 else ""
+    outcome = "disconnected" if status == 499 else "failed" if code else "completed"
+    return _shape(
+        f"POST {path}".rstrip(),
+        _SERVER,
+        failed,
+        (
+            ("http.request.method", "POST"),
+            ("http.route", path),
+            ("url.path", path.replace("{model}", asked)),
+            ("http.response.status_code", status),
+            ("error.type", failed),
+            ("bitrouter.outcome", outcome),
+            ("bitrouter.error_code", code),
+            ("bitrouter.api_key_id", key),
+            ("bitrouter.caller", caller),
+            ("bitrouter.requested_model", asked),
+            ("bitrouter.provider_id", provider),
+            ("bitrouter.model_id", model),
+            ("bitrouter.account_label", account),
+            ("bitrouter.stream", stream or ""),
+            ("bitrouter.attempts", attempts),
+            ("bitrouter.usage_estimated", estimated or ""),
+            ("bitrouter.warnings", tuple(filter(None, warnings.split(",")))),
+            *((f"bitrouter.tag.{name}", value) for name, value in tags),
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=2048)
+def _attempt_shape(
+    op: str, who: tuple[Any, ...], status: int, code: str, stream: bool, finish: str | None
+) -> SpanShape:
+    """finish: None for an attempt that another one was made after."""
+    provider, model, account, protocol, host, port = who
+    operation = GEN_AI_OPERATIONS.get(op, op)
+    return _shape(
+        f"{operation} {model[:_MAX_VALUE]}",
+        _CLIENT,
+        code,
+        (
+            ("gen_ai.operation.name", operation),
+            ("gen_ai.provider.name", GEN_AI_PROVIDERS.get(provider, provider)),
+            ("gen_ai.request.model", model),
+            ("gen_ai.request.stream", stream or ""),
+            ("gen_ai.response.model", "" if finish is None else model),
+            ("gen_ai.response.finish_reasons", (finish,) if finish else ()),
+            ("server.address", host),
+            ("server.port", port),
+            ("http.response.status_code", status),
+            ("error.type", code),
+            ("bitrouter.provider_id", provider),
+            ("bitrouter.account_label", account),
+            ("bitrouter.protocol", protocol),
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=2048)
+def _facts_shape(facts: Pairs) -> SpanShape:
+    """What was asked of the model, as every attempt's span tells it."""
+    pairs: list[tuple[str, Value]] = []
+    for name, value in facts:
+        if name in _DOUBLES and type(value) is int and abs(value) < 2**53:
+            value = float(value)
+        pairs.append((_REQUEST_FACTS.get(name, f"bitrouter.request.{name}"), value))
+    return _shape("", 0, "", tuple(pairs))
+
+
+def span_shape(name: str, pairs: Pairs) -> SpanShape:
+    """Of a span of our own that is no request's."""
+    return _shape(name, 1, "", pairs)
+
+
+def _shape(name: str, kind: int, error: str, pairs: Pairs) -> SpanShape:
+    told: JsonObject = {"name": name, "kind": kind} if kind else {}
+    told["attributes"] = [_key_value(k, _short(v)) for k, v in pairs if v not in ("", ())]
+    if error:
+        told["status"] = {"code": _FAILED, "message": error}
+    return SpanShape(told, _encode("Span", told))
+
+
+def _short(value: Value) -> Value:
+    return value[:_MAX_VALUE] if isinstance(value, str) else value
+
+
+def _answered(receipt: Receipt) -> int:
+    """Which attempt gave the answer; -1 if none did."""
+    for n in range(len(receipt.tried) - 1, -1, -1):
+        if not receipt.tried[n].code:
+            return n
+    return len(receipt.tried) - 1 if receipt.usage else -1
+
+
+def _answer_pairs(receipt: Receipt, tried: Tried) -> Iterator[tuple[str, Value]]:
+    usage = receipt.usage
+    if receipt.response_id:
+        yield "gen_ai.response.id", receipt.response_id[:_MAX_VALUE]
+    if usage is not None:
+        yield "gen_ai.usage.input_tokens", usage.input_tokens
+        yield "gen_ai.usage.output_tokens", usage.output_tokens
+        if usage.cached_tokens:
+            yield "gen_ai.usage.cache_read.input_tokens", usage.cached_tokens
+        if usage.cache_write_tokens:
+            yield "gen_ai.usage.cache_creation.input_tokens", usage.cache_write_tokens
+        if usage.reasoning_tokens:
+            yield "gen_ai.usage.reasoning.output_tokens", usage.reasoning_tokens
+    if receipt.cost_nano is not None:
+        yield "bitrouter.cost_usd", receipt.cost_nano / 1e9
+    if receipt.stream and receipt.ttft is not None:
+        yield "gen_ai.response.time_to_first_chunk", max(0.0, receipt.ttft - tried.began)
+
+
+# Requests to the collector.
+
+
+def encode_traces(resource: Pairs, batch: Iterable[Span]) -> bytes:
+    """An ExportTraceServiceRequest in protobuf."""
+    scope = _encode("ScopeSpans", {"scope": _SCOPE}) + b"".join(map(_span_wire, batch))
+    body = _encode("ResourceSpans", {"resource": _resource(resource)}) + _sized(0x12, scope)
+    return _sized(0x0A, body)
+
+
+def encode_traces_json(resource: Pairs, batch: Iterable[Span]) -> bytes:
+    """An ExportTraceServiceRequest in OTLP's JSON."""
+    scope = {"scope": _SCOPE, "spans": [span_json(span) for span in batch]}
+    told = {"resource": _resource(resource), "scopeSpans": [scope]}
+    return compact({"resourceSpans": [told]})
+
+
+def span_json(span: Span) -> JsonObject:
+    told: JsonObject = {"traceId": span.trace, "spanId": span.span}
+    if span.parent:
+        told["parentSpanId"] = span.parent
+    told["flags"] = _flags(span)
+    told |= {"startTimeUnixNano": str(span.start), "endTimeUnixNano": str(span.end)}
+    for shape in span.shapes:
+        told |= shape.told
+    attributes = [pair for shape in span.shapes for pair in shape.told["attributes"]]
+    told["attributes"] = [*attributes, *(_key_value(*pair) for pair in span.pairs)]
+    return told
+
+
+def encode_metrics(resource: Pairs, metrics: Metrics, start: int, now: int) -> bytes:
+    """An ExportMetricsServiceRequest in protobuf.
+
+    Args:
+        start, now: since when was counted, and until when; nanoseconds since 1970.
+    """
+    return _encode("Request", _metrics_json(resource, metrics, start, now))
+
+
+def encode_metrics_json(resource: Pairs, metrics: Metrics, start: int, now: int) -> bytes:
+    """An ExportMetricsServiceRequest in OTLP's JSON."""
+    return compact(_metrics_json(resource, metrics, start, now))
+
+
+_SCOPE = {"name": "bitrouter"}
+_CUMULATIVE = 2
+
+
+def _metrics_json(resource: Pairs, metrics: Metrics, start: int, now: int) -> JsonObject:
+    times = {"startTimeUnixNano": str(start), "timeUnixNano": str(now)}
+    told = [_metric_json(*point, times) for point in metrics.points() if point[1]]
+    scope = {"scope": _SCOPE, "metrics": told}
+    return {"resourceMetrics": [{"resource": _resource(resource), "scopeMetrics": [scope]}]}
+
+
+def _metric_json(
+    instrument: Instrument, points: list[tuple[Labels, Cell]], times: JsonObject
+) -> JsonObject:
+    told: JsonObject = {"dataPoints": [_point(instrument, *point, times) for point in points]}
+    form = {"counter": "sum", "gauge": "gauge", "histogram": "histogram"}[instrument.kind]
+    if form != "gauge":
+        told["aggregationTemporality"] = _CUMULATIVE
+    if form == "sum":
+        told["isMonotonic"] = True
+    name, _, unit, _, said, *_ = instrument
+    return {"name": name, "description": said, "unit": unit, form: told}
+
+
+def _point(instrument: Instrument, labels: Labels, cell: Cell, times: JsonObject) -> JsonObject:
+    named = zip(instrument.labels, labels, strict=True)
+    told = {"attributes": [_key_value(k, v) for k, v in named if v != ""], **times}
+    if instrument.bounds:
+        told["count"] = str(sum(cell[:-1]))
+        told["sum"] = cell[-1]
+        told["bucketCounts"] = [str(count) for count in cell[:-1]]
+        told["explicitBounds"] = list(instrument.bounds)
+    elif instrument.divisor == 1 and isinstance(cell[0], int):
+        told["asInt"] = str(cell[0])
+    else:
+        told["asDouble"] = cell[0] / instrument.divisor
+    return told
+
+
+def _resource(pairs: Pairs) -> JsonObject:
+    return {"attributes": [_key_value(k, v) for k, v in pairs]}
+
+
+def _key_value(key: str, value: Value) -> JsonObject:
+    return {"key": key, "value": _any_value(value)}
+
+
+def _any_value(value: Value) -> JsonObject:
+    """wire: 64-bit numbers are strings in OTLP's JSON."""
+    if isinstance(value, bool):
+        return {"boolValue": value}
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return {"intValue": str(value)}
+    if isinstance(value, float) and math.isfinite(value):
+        return {"doubleValue": value}
+    if isinstance(value, tuple):
+        return {"arrayValue": {"values": [_any_value(v) for v in value]}}
+    return {"stringValue": str(value).encode(errors="replace").decode()}
+
+
+# Protobuf. wire: protobuf.dev/programming-guides/encoding
+
+# message -> field -> its number and type; * marks one that may be there many times
+# fmt: off
+_PROTO: dict[str, dict[str, tuple[int, str]]] = {
+    "Request": {"resourceMetrics": (1, "ResourceMetrics*")},
+    "ResourceMetrics": {"resource": (1, "Resource"), "scopeMetrics": (2, "ScopeMetrics*")},
+    "ScopeMetrics": {"scope": (1, "Scope"), "metrics": (2, "Metric*")},
+    "Metric": {"name": (1, "text"), "description": (2, "text"), "unit": (3, "text"),
+               "gauge": (5, "Points"), "sum": (7, "Points"), "histogram": (9, "Buckets")},
+    "Points": {"dataPoints": (1, "Point*"), "aggregationTemporality": (2, "varint"),
+               "isMonotonic": (3, "varint")},
+    "Point": {"attributes": (7, "KeyValue*"), "startTimeUnixNano": (2, "fixed64"),
+              "timeUnixNano": (3, "fixed64"), "asDouble": (4, "double"), "asInt": (6, "fixed64")},
+    "Buckets": {"dataPoints": (1, "Bucket*"), "aggregationTemporality": (2, "varint")},
+    "Bucket": {"attributes": (9, "KeyValue*"), "startTimeUnixNano": (2, "fixed64"),
+               "timeUnixNano": (3, "fixed64"), "count": (4, "fixed64"), "sum": (5, "double"),
+               "bucketCounts": (6, "fixed64s"), "explicitBounds": (7, "doubles")},
+    "ResourceSpans": {"resource": (1, "Resource"), "scopeSpans": (2, "ScopeSpans*")},
+    "ScopeSpans": {"scope": (1, "Scope"), "spans": (2, "Span*")},
+    "Span": {"name": (5, "text"), "kind": (6, "varint"), "attributes": (9, "KeyValue*"),
+             "status": (15, "Status")},
+    "Status": {"message": (2, "text"), "code": (3, "varint")},
+    "Resource": {"attributes": (1, "KeyValue*")},
+    "Scope": {"name": (1, "text"), "version": (2, "text")},
+    "KeyValue": {"key": (1, "text"), "value": (2, "AnyValue")},
+    "AnyValue": {"stringValue": (1, "text"), "boolValue": (2, "varint"), "intValue": (3, "varint"),
+                 "doubleValue": (4, "double"), "arrayValue": (5, "ArrayValue")},
+    "ArrayValue": {"values": (1, "AnyValue*")},
+}
+# fmt: on
+_DOUBLE, _FIXED = struct.Struct("<d").pack, struct.Struct("<Q").pack
+_SPAN_TIMES = struct.Struct("<BQBQ").pack
+
+
+@functools.lru_cache(maxsize=8192)
+def _varint(value: int) -> bytes:
+    value %= 2**64
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+_WRITERS: dict[str, tuple[int, Callable[[Any], bytes]]] = {  # type -> wire type, and how
+    "varint": (0, lambda value: _varint(int(value))),
+    "fixed64": (1, lambda value: _FIXED(int(value) % 2**64)),
+    "double": (1, _DOUBLE),
+    "text": (2, lambda value: value.encode(errors="replace")),
+    "fixed64s": (2, lambda values: b"".join(_FIXED(int(value)) for value in values)),
+    "doubles": (2, lambda values: b"".join(map(_DOUBLE, values))),
+}
+
+
+def _encode(kind: str, told: JsonObject) -> bytes:
+    """A message in protobuf, of its form in JSON."""
+    fields = _PROTO[kind]
+    out: list[bytes] = []
+    for name, value in told.items():
+        number, of = fields[name]
+        items = value if of.endswith("*") else (value,)
+        out += [_field(number, of.rstrip("*"), item) for item in items]
+    return b"".join(out)
+
+
+def _field(number: int, of: str, value: Any) -> bytes:
+    if of in _PROTO:
+        return _sized(number << 3 | 2, _encode(of, value))
+    wire, write = _WRITERS[of]
+    tag, body = number << 3 | wire, write(value)
+    return _sized(tag, body) if wire == 2 else _varint(tag) + body
+
+
+def _sized(tag: int, body: bytes) -> bytes:
+    return _varint(tag) + _varint(len(body)) + body
+
+
+def _flags(span: Span) -> int:
+    """Sampled, and whether the parent is known to be somebody else's, which it is told to be."""
+    return 0x301 if span.remote and span.parent else 0x101
+
+
+def _span_wire(span: Span) -> bytes:
+    """The short cut: the same as `_encode` would make of span_json."""
+    ids = f"0a10{span.trace}1208{span.span}"  # in hex, with the fields' tags and lengths
+    if span.parent:
+        ids += f"2208{span.parent}"
+    flags = _REMOTE if span.remote and span.parent else _LOCAL
+    times = _SPAN_TIMES(0x39, span.start, 0x41, span.end)
+    shapes = [shape.wire for shape in span.shapes]
+    body = b"".join((bytes.fromhex(ids), flags, times, *shapes, *map(_pair_wire, span.pairs)))
+    return _sized(0x12, body)
+
+
+_LOCAL, _REMOTE = b"\x85\x01\x01\x01\x00\x00", b"\x85\x01\x01\x03\x00\x00"
+
+
+def _pair_wire(pair: tuple[str, Value]) -> bytes:
+    """One attribute of a span."""
+    key, value = pair
+    if type(value) is float:
+        return _float_head(key) + _DOUBLE(value)
+    if type(value) is int:
+        number = _varint(value)
+        return _head(key, 1 + len(number)) + b"\x18" + number
+    if type(value) is str:
+        text = value.encode(errors="replace")
+        size = _varint(len(text))
+        return _head(key, 1 + len(size) + len(text)) + b"\x0a" + size + text
+    return _sized(0x4A, _encode("KeyValue", _key_value(key, value)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _head(key: str, size: int) -> bytes:
+    """What stands before an attribute's value of so many bytes."""
+    named = _sized(0x0A, key.encode()) + b"\x12" + _varint(size)
+    return b"\x4a" + _varint(len(named) + size) + named
+
+
+@functools.lru_cache(maxsize=1024)
+def _float_head(key: str) -> bytes:
+    return _head(key, 9) + b"\x21"
+
+
+# What the collector answers. wire: opentelemetry.io/docs/specs/otlp/#otlphttp-response
+
+OTLP_RETRYABLE = frozenset({429, 502, 503, 504})
+_MAX_ANSWER = 65_536  # bytes looked at
+_VARINT = re.compile(rb"[\x80-\xff]{0,9}[\x00-\x7f]")
+
+
+class Answer(NamedTuple):
+    """What a collector said.
+
+    Attributes:
+        rejected: spans or data points that it took the request without.
+        message: its reason or, with none rejected, its advice; "" if it said nothing.
+    """
+
+    rejected: int
+    message: str
+
+
+def read_answer(status: int, content_type: str, body: bytes) -> Answer:
+    """A collector's answer, of any status. What cannot be read says nothing."""
+    body = body[:_MAX_ANSWER]
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "application/json":
+        rejected, message = _read_json_answer(status, body)
+    elif kind == "application/x-protobuf":
+        fields = _read_fields(body)
+        if 200 <= status < 300:  # the message's only field is an object with both of them
+            inner = fields.get(1)
+            fields = _read_fields(inner) if isinstance(inner, bytes) else {}
+            rejected, message = fields.get(1), fields.get(2)
+        else:  # google.rpc.Status
+            rejected, message = 0, fields.get(2)
+    else:  # a proxy's page, or that of a server that is no collector
+        rejected, message = 0, b"" if 200 <= status < 300 else body
+    text = message.decode(errors="replace") if isinstance(message, bytes) else message
+    return Answer(whole(rejected), printable(text if isinstance(text, str) else "").strip())
+
+
+def _read_json_answer(status: int, body: bytes) -> tuple[Json, Json]:
+    try:
+        told = as_object(parse_json(body))
+    except (ValueError, RecursionError):
+        return 0, ""
+    if not 200 <= status < 300:
+        return 0, told.get("message")
+    partial = as_object(told.get("partialSuccess"))
+    count = str(partial.get("rejectedSpans") or partial.get("rejectedDataPoints") or 0)
+    is_number = len(count) < 16 and count.isascii() and count.isdigit()
+    return int(count) if is_number else 0, partial.get("errorMessage")
+
+
+def _read_fields(raw: bytes) -> dict[int, int | bytes]:
+    """The fields of a message in protobuf, the last of each number, up to where it is malformed."""
+    fields: dict[int, int | bytes] = {}
+    at = 0
+    while tag := _VARINT.match(raw, at):
+        number, wire = _read_varint(tag[0]) >> 3, tag[0][0] & 7
+        at, value = tag.end(), _VARINT.match(raw, tag.end())
+        if wire in (0, 2) and value is None:
+            break
+        if wire == 0 and value:
+            fields[number], at = _read_varint(value[0]), value.end()
+        elif wire == 2 and value:
+            start, at = value.end(), min(value.end() + _read_varint(value[0]), len(raw))
+            fields[number] = raw[start:at]
+        elif wire in (1, 5):
+            at += 8 if wire == 1 else 4
+        else:
+            break
+    return fields
+
+
+def _read_varint(raw: bytes) -> int:
+    return sum((byte & 0x7F) << 7 * n for n, byte in enumerate(raw))
+
+
+# Trace context. wire: w3.org/TR/trace-context, w3.org/TR/baggage; read 2026-11
+
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_MAX_STATE = (512, 32)  # characters and members of a tracestate that we promise to pass on
+_MAX_BAGGAGE = (8192, 64)
+SAMPLED = 1
+
+
+def read_traceparent(text: str) -> tuple[str, str, int] | None:
+    """Trace id, parent's span id and flags; None if that is not what it says."""
+    found = _TRACEPARENT.fullmatch(text)
+    if found is None:
+        return None
+    version, trace, parent, flags, more = found.groups()
+    if version == "ff" or (version == "00" and more) or not trace.strip("0"):
+        return None
+    return (trace, parent, int(flags, 16)) if parent.strip("0") else None
+
+
+def write_traceparent(trace: str, span: str, *, sampled: bool) -> str:
+    return f"00-{trace}-{span}-{SAMPLED if sampled else 0:02x}"
+
+
+def context_headers(headers: Headers, traceparent: str, *, continued: bool) -> Headers:
+    """The headers that take a trace on to a provider.
+
+    Args:
+        headers: the caller's.
+        continued: the trace is the caller's; its tracestate says nothing of any other.
+    """
+    told = {"traceparent": traceparent}
+    if continued and "tracestate" in headers:
+        told["tracestate"] = _whole_members(headers["tracestate"], *_MAX_STATE)
+    if "baggage" in headers:
+        told["baggage"] = _whole_members(headers["baggage"], *_MAX_BAGGAGE)
+    return {name: value for name, value in told.items() if value}
+
+
+def _whole_members(members: str, most_characters: int, most_members: int) -> str:
+    """A list without the members at its end that are too much; none is ever cut."""
+    if len(members) <= most_characters and members.count(",") < most_members:
+        return members
+    kept = (members + ",")[: most_characters + 1].split(",")
+    return ",".join(kept[:-1][:most_members])
+
+
+TRACE_HEADERS = ("traceparent", "tracestate", "baggage")
+
+
+class TraceContext(NamedTuple):
+    """Where a request's spans belong.
+
+    Attributes:
+        trace, span: ids in hex: of the trace, and of our span for the request.
+        parent: the caller's span; "" if the trace begins here.
+    """
+
+    trace: str
+    span: str
+    parent: str
+    sampled: bool
+
+    def headers(self, given: Headers, n: int) -> Headers:
+        """What takes the trace on to a provider, in attempt number n. given: the caller's."""
+        told = write_traceparent(self.trace, child_span(self.span, n), sampled=self.sampled)
+        return context_headers(given, told, continued=bool(self.parent))
+
+
+def trace_context(
+    headers: Headers, sampler: str, ratio: float, random_bits: Callable[[int], int]
+) -> TraceContext:
+    """The trace that a request belongs to: the caller's, or a new one."""
+    known = read_traceparent(headers.get("traceparent", ""))
+    trace, parent, flags = known or (f"{random_bits(128) or 1:032x}", "", None)
+    sampled = is_sampled(trace, flags, sampler, ratio)
+    return TraceContext(trace, f"{random_bits(64) or 1:016x}", parent, sampled)
+
+
+def is_sampled(trace: str, flags: int | None, sampler: str, ratio: float) -> bool:
+    """Whether a trace's spans are exported.
+
+    Args:
+        flags: the caller's; None if the trace begins here.
+        sampler: one of SAMPLERS.
+        ratio: the share that traceidratio takes, of 1.
+    """
+    if sampler.startswith("parentbased_") and flags is not None:
+        return bool(flags & SAMPLED)
+    if sampler.endswith("traceidratio"):
+        return int(trace[16:], 16) < round(ratio * 2**64)
+    return sampler.endswith("always_on")
+
+
+# Settings. wire: opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables and
+# opentelemetry.io/docs/specs/otel/protocol/exporter, read 2026-11. What is wrong there is warned
+# of and taken as not said; nothing of it may keep a program from starting.
+
+_OTLP_HOME = "http://localhost:4318"
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_VISIBLE = re.compile(r"[\x20-\x7e]+")
+
+
+class Exporting(NamedTuple):
+    """Where one signal goes, and how.
+
+    Attributes:
+        url: used as it is.
+        headers: names in lower case.
+    """
+
+    url: str
+    headers: tuple[tuple[str, Secret], ...]
+    as_json: bool
+    gzip: bool
+    timeout_s: float
+
+
+class OtelSettings(NamedTuple):
+    """What is exported; None for a signal that is not.
+
+    Attributes:
+        queue, batch: in spans.
+        delay_s: how long spans are gathered before a batch goes out that is not full.
+        batch_timeout_s: for all tries of one batch together.
+        content: what was said goes along, each attribute cut to so many bytes.
+        warnings: for people; without secrets.
+    """
+
+    traces: Exporting | None
+    metrics: Exporting | None
+    resource: Pairs
+    sampler: str
+    sampler_arg: float
+    queue: int
+    delay_s: float
+    batch: int
+    batch_timeout_s: float
+    metrics_interval_s: float
+    content: bool
+    content_max_bytes: int
+    warnings: tuple[str, ...]
+
+
+def otel_settings(
+    environ: Mapping[str, str],
+    section: Mapping[str, Any] | None = None,
+    resource: Mapping[str, str] | None = None,
+) -> OtelSettings:
+    """What OpenTelemetry's variables say, and for what they do not say the section `[otel]`.
+
+    Nothing is exported unless one of them gives an endpoint, or the section is there.
+
+    Args:
+        resource: what we know of ourselves, such as service.version.
+    """
+    told = _Variables(environ, section or {})
+    is_off = told.choice(("OTEL_SDK_DISABLED",), "", ("true", "false"), "false") == "true"
+    queue = int(told.number(("OTEL_BSP_MAX_QUEUE_SIZE",), "", 2048, least=1))
+    batch = int(told.number(("OTEL_BSP_MAX_EXPORT_BATCH_SIZE",), "", 512, least=1))
+    return OtelSettings(
+        traces=None if is_off else _exporting(told, "traces"),
+        metrics=None if is_off else _exporting(told, "metrics"),
+        resource=_resource_pairs(told, resource or {}),
+        sampler=told.choice(("OTEL_TRACES_SAMPLER",), "sampler", SAMPLERS, SAMPLERS[0]),
+        sampler_arg=told.number(("OTEL_TRACES_SAMPLER_ARG",), "sampler_arg", 1.0, most=1.0),
+        queue=queue,
+        delay_s=told.number(("OTEL_BSP_SCHEDULE_DELAY",), "", 5.0, unit=1e-3),
+        batch=min(batch, queue),
+        batch_timeout_s=told.number(("OTEL_BSP_EXPORT_TIMEOUT",), "", 30.0, unit=1e-3),
+        metrics_interval_s=told.number(
+            ("OTEL_METRIC_EXPORT_INTERVAL",), "metrics_interval_s", 60.0, unit=1e-3, least=0.001
+        ),
+        content=told.choice((), "content", ("off", "full"), "off") == "full",
+        content_max_bytes=int(told.number((), "content_max_bytes", 131_072)),
+        warnings=tuple(told.warnings),
+    )
+
+
+class _Variables:
+    """The variables and the section, read; what was wrong is noted."""
+
+    def __init__(self, environ: Mapping[str, str], section: Mapping[str, Any]) -> None:
+        self._environ, self.section = environ, section
+        self.warnings: list[str] = []
+
+    def text(self, *names: str) -> tuple[str, str]:
+        """The first of some variables that is set and not empty: its name and value."""
+        found = ((name, self._environ.get(name, "").strip()) for name in names)
+        return next((pair for pair in found if pair[1]), ("", ""))
+
+    def warn(self, name: str, said: str) -> None:
+        warning = f"{name}: {said}"
+        if warning not in self.warnings:  # what two signals share is read twice
+            self.warnings.append(warning)
+
+    def choice(
+        self, names: tuple[str, ...], key: str, allowed: tuple[str, ...], default: str
+    ) -> str:
+        default = str(self.section.get(key, default))
+        name, value = self.text(*names)
+        if not value or value.lower() in allowed:
+            return value.lower() or default
+        self.warn(name, f"{printable(value, 40)} is none of {', '.join(allowed)}; using {default}")
+        return default
+
+    def number(
+        self,
+        names: tuple[str, ...],
+        key: str,
+        default: float,
+        *,
+        unit: float = 1.0,
+        least: float = 0.0,
+        most: float = 1e12,
+    ) -> float:
+        """A number of the variables, in some unit of what is wanted, or else of the section."""
+        default = float(self.section.get(key, default))
+        name, value = self.text(*names)
+        try:
+            number = float(value) * unit if value else default
+        except ValueError:
+            number = math.nan
+        if not value or least <= number <= most:
+            return number
+        upto = f" to {most:g}" if most < 1e12 else ""
+        expected = f"expected a number from {least / unit:g}{upto}, got {printable(value, 40)}"
+        self.warn(name, f"{expected}; using {default / unit:g}")
+        return default
+
+
+def _exporting(told: _Variables, signal: str) -> Exporting | None:
+    own, base = f"OTEL_EXPORTER_OTLP_{signal.upper()}_", "OTEL_EXPORTER_OTLP_"
+
+    def names(what: str) -> tuple[str, str]:
+        return own + what, base + what
+
+    url = _url(told, signal, own + "ENDPOINT", base + "ENDPOINT")
+    if not url:
+        return None
+    forms = ("http/protobuf", "http/json", "grpc")
+    form = told.choice(names("PROTOCOL"), "protocol", forms, forms[0])
+    if form == "grpc":
+        name = told.text(*names("PROTOCOL"))[0] or "[otel] protocol"
+        told.warn(name, "there is no gRPC here; using http/protobuf, whose port is often 4318")
+    packed = told.choice(names("COMPRESSION"), "compression", ("gzip", "none"), "none")
+    timeout_s = told.number(names("TIMEOUT"), "timeout_s", 10.0, unit=1e-3)
+    headers = _headers_told(told, *names("HEADERS"))
+    return Exporting(url, headers, form == "http/json", packed == "gzip", timeout_s)
+
+
+def _url(told: _Variables, signal: str, own: str, base: str) -> str:
+    """Where a signal goes; "" if nowhere. A signal's own endpoint is used as it is."""
+    exporter = f"OTEL_{signal.upper()}_EXPORTER"
+    allowed = ("otlp", "none", "prometheus") if signal == "metrics" else ("otlp", "none")
+    kind = told.choice((exporter,), "", allowed, "")
+    if kind in ("none", "prometheus") or (not kind and told.section.get(signal) is False):
+        return ""
+    name, url = told.text(own, base)
+    if url and not _is_url(url):
+        told.warn(name, f"expected a URL such as {_OTLP_HOME}; it is not used")
+        url = ""
+    if url and name == own:
+        return url if urlsplit(url).path else url + "/"
+    if not url and (kind or told.section):
+        url = str(told.section.get("endpoint", "")) or _OTLP_HOME
+    if not url:
+        return ""
+    parts = urlsplit(url)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/v1/{signal}").geturl()
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _headers_told(told: _Variables, own: str, base: str) -> tuple[tuple[str, Secret], ...]:
+    name, text = told.text(own, base)
+    if not text:
+        given = as_object(told.section.get("headers"))
+        pairs = [(k, v.reveal() if isinstance(v, Secret) else str(v)) for k, v in given.items()]
+    else:
+        pairs = _members_of(text) or []
+    good = [(k, v) for k, v in pairs if _TOKEN.fullmatch(k) and _VISIBLE.fullmatch(v)]
+    if len(good) < len(pairs) or (text and not good):
+        told.warn(name or "[otel] headers", "expected name=value,...; what is none is not sent")
+    return tuple((k.lower(), Secret(v)) for k, v in good)
+
+
+def _members_of(text: str) -> list[tuple[str, str]] | None:
+    """`a=1,b=two%20words` read; None if a value's percent-encoding is wrong."""
+    pairs: list[tuple[str, str]] = []
+    for member in filter(None, map(str.strip, text.split(","))):
+        key, _, value = member.partition("=")
+        if re.search(r"%(?![0-9A-Fa-f]{2})", value):
+            return None
+        try:
+            pairs.append((key.strip(), unquote(value.strip(), errors="strict")))
+        except UnicodeDecodeError:
+            return None
+    return pairs
+
+
+def _resource_pairs(told: _Variables, known: Mapping[str, str]) -> Pairs:
+    """What the signals come from. wire: if any member is wrong, the whole variable is none."""
+    section = told.section
+    pairs = {"service.name": "bitrouter", **known}
+    pairs |= {k: str(v) for k, v in as_object(section.get("resource_attributes")).items()}
+    if section.get("service_name"):
+        pairs["service.name"] = str(section["service_name"])
+    name, text = told.text("OTEL_RESOURCE_ATTRIBUTES")
+    members = _members_of(text)
+    if members is None or not all(k and v for k, v in members):
+        told.warn(name, "expected key=value,... with percent-encoded values; none of it is used")
+    else:
+        pairs |= members
+    service = told.text("OTEL_SERVICE_NAME")[1]
+    return tuple((pairs | ({"service.name": service} if service else {})).items())
+
+
+# ---------------------------------------------------------------------------------------------
+# 31. page: the Activity page (pure)
+# ---------------------------------------------------------------------------------------------
+# One page without anything from elsewhere. It holds nothing itself: what it shows it asks this
+# server for, as any other client does, and what comes goes into it as text, never as markup.
+
+ACTIVITY_PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>bitrouter activity</title>
+<link rel="icon" href="data:,">
+<style>
+/* light-dark() follows prefers-color-scheme, until the switch sets data-theme. */
+:root {
+  color-scheme: light dark;
+  --page: light-dark(#f6f6f4, #121315); --card: light-dark(#fff, #1a1b1e);
+  --line: light-dark(#e2e2de, #2d2f34); --ink: light-dark(#1c1e21, #e7e8ea);
+  --soft: light-dark(#5a5f66, #a3a8b0); --accent: light-dark(#0a6b61, #4fc3b2);
+  --tint: light-dark(#e6f1ef, #17302d); --bad: light-dark(#b3261e, #ff9289);
+  --warn: light-dark(#835300, #e8b650);
+  font: 13px/1.45 system-ui, sans-serif; font-variant-numeric: tabular-nums;
+}
+:root[data-theme="light"] { color-scheme: light; }
+:root[data-theme="dark"] { color-scheme: dark; }
+* { box-sizing: border-box; margin: 0; }
+body { background: var(--page); color: var(--ink); padding: 12px 20px 32px; }
+[hidden] { display: none !important; }
+h1 { font-size: 16px; } h2, dd { font-size: 13px; } h3, small, table { font-size: 12px; }
+dt, small, h3, thead th, .soft, .waiting { color: var(--soft); }
+.bad { color: var(--bad); } .warn { color: var(--warn); }
+select { max-width: 190px; } #heard { position: absolute; clip-path: inset(50%); }
+.row, .row div { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: center; }
+.row div { gap: 5px; } .grow { flex: 1; } .card > .row { margin-bottom: 8px; }
+.card, dialog, pre, button, input, select, #totals, #notices { color: inherit; font: inherit;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
+.card, dialog, pre, #totals div { padding: 10px 14px; }
+#state::before, i { content: ""; display: inline-block; width: 8px; height: 8px;
+  margin-right: 6px; border-radius: 50%; background: currentColor; }
+#state:not(.warn, .bad)::before { background: var(--accent); }
+#notices { padding: 6px 12px; border-left: 3px solid var(--warn); list-style: none; }
+body, main, .stack { display: grid; gap: 12px; grid-template-columns: minmax(0, 1fr); }
+.stack { align-content: start; } #tables > :first-child { grid-row: span 2; }
+.two { grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); }
+#totals { overflow: hidden; display: grid; gap: 1px;
+  grid-template-columns: repeat(auto-fit, minmax(136px, 1fr)); }
+#totals div { box-shadow: 0 0 0 1px var(--line); }
+#totals dd { font-size: 20px; line-height: 1.3; } small { display: block; }
+button, input, select { min-height: 28px; padding: 3px 9px; } input { max-width: 100%; }
+button, summary, #rows { cursor: pointer; }
+input::placeholder { color: var(--soft); opacity: 1; }
+[aria-pressed="true"] { background: var(--tint); border-color: currentColor;
+  color: var(--accent); font-weight: 600; }
+.plain { all: unset; cursor: pointer; overflow-wrap: anywhere; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 1px; }
+button:hover, #rows tr:hover { background: var(--tint); }
+#chart { display: block; width: 100%; height: 200px; }
+#chart text { fill: var(--soft); font-size: 11px; } #chart line { stroke: var(--line); }
+.s0, .s1, .s2, .s3 { --s: var(--accent); fill: var(--s); background: var(--s); }
+.s1 { opacity: 0.55; } .s2 { opacity: 0.25; } .s3 { --s: var(--bad); } .s4 { fill: var(--warn); }
+.over { fill: var(--ink); opacity: 0; } .over:hover { opacity: 0.07; }
+.scroll { overflow: auto; max-height: 330px; }
+table { width: 100%; border-collapse: collapse; }
+th, td { text-align: left; padding: 3px 10px 3px 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; white-space: nowrap; }
+th:last-child, td:last-child { padding-right: 0; } .n { text-align: right; }
+thead th { position: sticky; top: 0; background: var(--card); z-index: 1; }
+tbody th { font-weight: 400; white-space: normal; overflow-wrap: anywhere; min-width: 120px; }
+[aria-sort$="ending"] { color: var(--ink); text-decoration: underline var(--accent) 2px; }
+#log table { table-layout: fixed; } #log td { overflow: hidden; text-overflow: ellipsis; }
+#log .scroll { height: max(440px, 62vh); max-height: none; }
+#log th { width: 76px; } #log th:nth-child(3) { width: auto; }
+#log th:nth-child(2) { width: 52px; } #log th:nth-child(4), #log th:nth-child(5) { width: 104px; }
+pre { margin: 8px 0; background: var(--page); white-space: pre-wrap; overflow-wrap: anywhere; }
+pre, code { font: 12px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+dialog { width: min(880px, 96vw); max-height: 92vh; margin: auto; }
+dialog::backdrop { background: rgb(0 0 0 / 45%); }
+h3 { margin: 14px 0 4px; }
+.facts { display: grid; gap: 2px 20px; overflow-wrap: anywhere;
+  grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); }
+.facts div { display: grid; grid-template-columns: 92px minmax(0, 1fr); }
+.fall { display: block; width: 100%; min-width: 110px; height: 14px; }
+.fall line { stroke: var(--ink); }
+#gate form { max-width: 420px; margin: 10vh auto; display: grid; gap: 10px; }
+@media (max-width: 759px) {
+  #log :is(th, td):nth-child(n + 4):not(:nth-child(8)) { display: none; }
+}
+@media (min-width: 1700px) {
+  main { grid-template-columns: minmax(0, 1.5fr) minmax(0, 1fr); } .all { grid-column: 1 / -1; }
+  #chart { height: 300px; }
+  .left { grid-template-rows: auto 1fr; align-content: stretch; }
+  #log { display: flex; flex-direction: column; } #log .scroll { flex: 1 0 62vh; height: 0; }
+}
+</style>
+</head>
+<body>
+<header class="row">
+  <h1>bitrouter</h1><span id="state" class="warn" role="status">connecting</span>
+  <dl id="facts" class="row"></dl><span class="grow"></span>
+  <select id="theme" aria-label="Colours"><option value="">System</option>
+    <option value="light">Light</option><option value="dark">Dark</option></select>
+</header>
+<noscript>Without JavaScript there is JSON at <code>v1/usage</code>, <code>v1/requests</code>,
+<code>v1/models</code> and <code>api/status</code>, text at <code>metrics</code>.</noscript>
+<ul id="notices" aria-label="Warnings" hidden></ul>
+<section id="gate" hidden><form id="gate-form" class="card">
+  <h2>This server asks for a key</h2><label for="gate-key">A key of this bitrouter</label>
+  <input id="gate-key" type="password" autocomplete="off" required>
+  <p id="gate-note" class="bad" role="alert"></p><button>Show the activity</button>
+  <p class="soft">It stays in this tab, and goes to this server only.</p>
+</form></section>
+<main id="main" hidden>
+<section class="stack all" aria-label="Totals">
+  <div class="row"><div id="spans" role="group" aria-label="Span"></div>
+    <span id="span-note" class="soft"></span></div>
+  <dl id="totals"></dl>
+</section>
+<div class="stack left">
+<section class="card">
+  <div class="row"><h2>Over time</h2><div id="metrics" role="group" aria-label="Chart of"></div>
+    <span class="grow"></span><span id="legend" class="row soft"></span></div>
+  <svg id="chart" role="img" aria-label="Chart"></svg><p id="readout" class="soft"></p>
+</section>
+<section id="log" class="card" aria-label="Requests">
+  <div class="row"><h2>Requests</h2><span id="stream" class="soft">connecting</span>
+    <span class="grow"></span><button id="pause">Pause</button></div>
+  <div class="row" role="search" aria-label="Filters">
+    <select id="by-model" aria-label="Model"></select>
+    <select id="by-provider" aria-label="Provider"></select>
+    <select id="by-key" aria-label="Key"></select>
+    <select id="by-status" aria-label="Status"><option value="">Any status</option>
+      <option>200</option><option value="error">Errors</option><option>4xx</option>
+      <option>5xx</option></select>
+    <input id="by-text" type="search" aria-label="Text or request id"
+      placeholder="Text or request id"></div>
+  <p id="heard" aria-live="polite"></p>
+  <div class="scroll"><table><tbody id="rows"></tbody></table>
+    <div id="empty" hidden><p id="empty-note"></p><pre id="empty-code"></pre></div>
+    <button id="older" hidden>Older requests</button></div>
+</section>
+</div>
+<div class="stack">
+<div id="tables" class="stack two"></div>
+<div class="stack two">
+<section class="card">
+  <div class="row"><h2>Providers</h2><span class="soft">last hour</span></div>
+  <div class="scroll" tabindex="0" role="region" aria-label="Health of providers">
+    <table id="health"></table></div>
+  <details><summary class="soft">This server</summary><pre id="server"></pre></details>
+</section>
+<section class="card">
+  <div class="row"><h2>Routable models</h2><span id="models-note" class="soft"></span>
+    <span class="grow"></span>
+    <input id="models-find" type="search" aria-label="Find a model" placeholder="Find"></div>
+  <div class="scroll"><table id="models"></table></div>
+</section>
+</div>
+<section class="card">
+  <div class="row"><h2>Use it</h2><label for="snippet-model">with the model</label>
+    <input id="snippet-model" value="echo/echo" size="32">
+    <span class="grow"></span><button id="snippet-copy">Copy</button></div>
+  <div class="row"><div id="snippets" role="group" aria-label="SDK or agent"></div></div>
+  <pre id="snippet"></pre>
+  <p class="soft">YOUR_KEY is a key of this bitrouter; while it asks for none, any text.</p>
+</section>
+</div>
+</main>
+<dialog id="detail" aria-labelledby="detail-title">
+  <div class="row"><h2 id="detail-title"></h2><span class="grow"></span>
+    <button id="detail-close">Close</button></div>
+  <div id="detail-body"></div>
+</dialog>
+<script>
+"use strict";
+// What the server says becomes text or an attribute of ours, never markup.
+// This stands in a Python file as a plain string: ASCII, no backslashes.
+
+const $ = (id) => document.getElementById(id);
+const now = () => performance.now(), HOUR = 3600e3;
+const newline = String.fromCharCode(10), backslash = String.fromCharCode(92);
+
+/** make("td.n", { title: "..." }, "text", node) */
+const maker = (space) => (tag, attributes, ...children) => {
+  const [name, kind = ""] = tag.split("."), node = document.createElementNS(space, name);
+  const all = Object.entries({ class: kind, ...attributes });
+  for (const [attribute, value] of all) node.setAttribute(attribute, value);
+  node.append(...children);
+  return node;
+};
+const make = maker(document.body.namespaceURI), draw = maker($("chart").namespaceURI);
+const fill = (id, ...nodes) => $(id).replaceChildren(...nodes);
+function say(text, mood) {
+  if ($("state").textContent !== text) fill("state", text);  // it is read out when it changes
+  $("state").className = mood;
+}
+
+function button(text, act, kind = "") {
+  const node = make(`button.${kind}`, {}, text);
+  node.addEventListener("click", act);
+  return node;
+}
+
+/** Buttons, one of them pressed. options: [label, value]. */
+function choices(id, options, act) {
+  const press = (i) => [...$(id).children].forEach((one, at) =>
+    one.setAttribute("aria-pressed", at === i));
+  fill(id, ...options.map(([label, value], i) => button(label, () => { press(i); act(value); })));
+  press(0);
+}
+
+const facts = (pairs) => pairs.map(([name, ...value]) =>
+  make("div", {}, make("dt", {}, name), make("dd", {}, ...value)));
+const td = (text, kind = "") => make(`td.${kind}`, {}, text);
+const num = (text) => td(text, text === "unknown" ? "n soft" : "n");
+const tr = (head, ...cells) => make("tr", {}, make("th", { scope: "row" }, head), ...cells);
+const tbody = (rows) => make("tbody", {}, ...rows);
+const thead = (labels, texts = 1) => make("thead", {}, make("tr", {}, ...labels.map((label, i) =>
+  make("th", { scope: "col", class: i < texts ? "" : "n" }, label))));
+const some = (items, most, row) => [...items.slice(0, most).map(row),
+  ...(items.length > most ? [tr(`and ${count(items.length - most)} more`)] : [])];
+
+/** A table that sorts. columns: [label, field, what to show]. */
+function sortable(table, columns) {
+  let by = 1, down = true, items = [];
+  const body = tbody([]), head = thead(columns.map(([label], i) => button(label, () => {
+    [by, down] = [i, by === i ? !down : i > 0];
+    show();
+  }, "plain")));
+  function show() {
+    const value = (item) => item[columns[by][1]] ?? -1, sign = down ? -1 : 1;
+    items.sort((a, b) => (value(a) < value(b) ? -sign : value(a) > value(b) ? sign : 0));
+    head.querySelectorAll("th").forEach((th, i) =>
+      th.setAttribute("aria-sort", i !== by ? "none" : down ? "descending" : "ascending"));
+    body.replaceChildren(...some(items, 100, (item) => tr(columns[0][2](item),
+      ...columns.slice(1).map(([, field, text]) => num(text ? text(item) : count(item[field]))))));
+  }
+  table.append(head, body);
+  return (news) => { items = news; show(); };
+}
+
+// How numbers are written.
+const numbers = (options) => new Intl.NumberFormat("en", options);
+const full = numbers({}), short = numbers({ notation: "compact", maximumSignificantDigits: 3 });
+const dollars = numbers({ style: "currency", currency: "USD" });
+const local = (at) => new Date(at).toLocaleString("en-GB");  // 25/11/2026, 17:00:00
+const count = (n) => (n < 10000 ? full : short).format(n || 0);
+const plural = (n, word) => `${count(n)} ${word}${n === 1 ? "" : "s"}`;
+const lacks = (value) => value === null || value === undefined;
+
+/** Dollars. What is not known is "unknown": that is not zero. */
+function money(usd) {
+  if (lacks(usd)) return "unknown";
+  if (usd === 0 || usd >= 0.1) return dollars.format(usd);
+  return "$" + (usd >= 0.001 ? usd.toFixed(4) : String(Number(usd.toPrecision(2))));
+}
+
+/** What a group cost; "+ ?" stands for requests of unknown cost. */
+function spend(group) {
+  if (!group.unpriced) return money(group.requests ? group.cost_usd : 0);
+  return group.cost_usd ? money(group.cost_usd) + " + ?" : "unknown";
+}
+
+function duration(ms) {
+  if (lacks(ms)) return "-";
+  if (ms < 1000) return `${Math.round(ms)} ms`;
+  if (ms < 100e3) return `${(ms / 1000).toFixed(2)} s`;
+  return ms < 2 * HOUR ? `${Math.round(ms / 60e3)} min` : `${Math.round(ms / HOUR)} h`;
+}
+
+// The server, and the key it may ask for. The key goes into a header only: URLs get logged.
+class Locked extends Error {}
+const kept = (store) => { try { return window[store]; } catch { return {}; } };
+const home = new URL(location.origin + location.pathname.replace(/[/]?$/, "/"));
+let key = kept("sessionStorage").bitrouterKey || "";
+
+async function ask(path, signal) {
+  const used = key, headers = used ? { authorization: `Bearer ${used}` } : {};
+  const answer = await fetch(new URL(path, home), { headers, signal, cache: "no-store" });
+  if ([401, 403].includes(answer.status) && used === key) throw new Locked();
+  if (!answer.ok) throw new Error(`${path.split("?")[0]} answered ${answer.status}`);
+  return answer;
+}
+const askJson = async (path) => (await ask(path)).json();
+
+function setKey(given) {
+  key = given;
+  kept("sessionStorage").bitrouterKey = given;
+  [$("gate").hidden, $("main").hidden] = [Boolean(given), !given];
+}
+
+function failed(id, error) {
+  const text = error instanceof TypeError ? "not reachable" : error.message;
+  if (!(error instanceof Locked)) {
+    if (id === "state") say(text, "bad");
+    else fill(id, text);
+  } else if ($("gate").hidden) {
+    sleep();
+    fill("gate-note", key ? "That key was refused." : "");
+    setKey("");
+    $("gate-key").focus();
+    say("locked", "warn");
+  }
+}
+
+// Usage.
+const SPANS = [  // name; where it begins, its groups, and how many bars that makes
+  ["1 day", ["24h", "hour", 25]], ["1 week", ["7d", "day", 8]], ["1 month", ["30d", "day", 31]],
+  ["All", ["2000-01-01", "day", 0]]];
+const METRICS = [  // name; how it is written, and its parts: name, colour, value
+  ["Spend", [money, [["spend", "s0", (g) => g.cost_usd]]]],
+  ["Tokens", [count, [["output", "s0", (g) => g.output_tokens],
+    ["input", "s1", (g) => g.input_tokens - g.cached_tokens],
+    ["cached input", "s2", (g) => g.cached_tokens]]]],
+  ["Requests", [count, [["answered", "s0", (g) => g.requests - g.errors],
+    ["errors", "s3", (g) => g.errors]]]]];
+const GROUPS = ["model", "provider", "key"], AXIS = 62;
+const sum = (items, value) => items.reduce((all, item) => all + value(item), 0);
+const showGroups = GROUPS.map((by) => {
+  const table = make("table", {});
+  $("tables").append(make("section.card", {}, make("div.row", {}, make("h2", {}, `By ${by}`)),
+    make("div.scroll", {}, table)));
+  return sortable(table, [["Name", "group", (g) => g.group || "(none)"],
+    ["Spend", "cost_usd", spend], ["Requests", "requests"], ["Errors", "errors"],
+    ["In", "input_tokens"], ["Out", "output_tokens"],
+    ["TTFT", "ttft_ms", (g) => duration(g.ttft_ms)]]);
+});
+let span = SPANS[0][1], metric = METRICS[0][1], bars = [], usageDue = 0, usageStale = true;
+
+async function refreshUsage() {
+  const asked = span, began = now(), [from, unit, most] = asked;
+  const by = (group) => askJson(`v1/usage?from=${from}&group_by=${group}`);
+  [usageDue, usageStale] = [Infinity, false];
+  try {
+    const [time, ...groups] = await Promise.all([unit, ...GROUPS].map(by));
+    if (asked !== span) return;
+    groups.forEach(({ data }, i) => {
+      offer(GROUPS[i], data.map((g) => g.group));
+      showGroups[i](data);
+    });
+    showTotals(time.total);
+    bars = barsOf(time, unit, most);
+    drawChart();
+    fill("span-note", unit === "day" ? "days in UTC" : "");
+  } catch (error) {
+    usageStale = true;
+    failed("span-note", error);
+  } finally {  // a big ledger takes a while to add up: ask it the less often
+    usageDue = now() + Math.max(4000, 20 * (now() - began));
+  }
+}
+
+function showTotals(t) {
+  const percent = (part, all) => `${((100 * part) / (all || 1)).toFixed(1)} %`;
+  fill("totals", ...facts([
+    ["Spend", spend(t), t.unpriced ? `${plural(t.unpriced, "request")} of unknown cost` : ""],
+    ["Requests", count(t.requests), `${duration(t.took_ms)} each`],
+    ["Errors", count(t.errors), percent(t.errors, t.requests)],
+    ["Tokens in", count(t.input_tokens), "cached included"],
+    ["Cached", count(t.cached_tokens), `${percent(t.cached_tokens, t.input_tokens)} of input`],
+    ["Tokens out", count(t.output_tokens), `${count(t.reasoning_tokens)} reasoning`],
+    ["TTFT", duration(t.ttft_ms), "mean, to first token"],
+  ].map(([name, value, note]) => [name, value, make("small", {}, note)])));
+}
+
+/** A bar for each hour or day; if they are many, one for several. */
+function barsOf({ data, total }, unit, wanted) {
+  const step = unit === "hour" ? HOUR : 24 * HOUR, end = Math.floor(Date.now() / step) * step;
+  const at = (text) => Date.parse(`${(text.replace(" ", "T") + "T00").slice(0, 13)}:00:00Z`);
+  const found = new Map(data.map((g) => [at(g.group), g])), first = Math.min(...found.keys());
+  const most = wanted || Math.min(Math.max(8, (end - first) / step + 1), 9999), out = [];
+  for (let i = 0; i < most; i++) {
+    const when = end - (most - 1 - i) * step, group = found.get(when) || {};
+    const label = unit === "hour" ? local(when).slice(12, 17)
+      : new Date(when).toUTCString().slice(5, 11);  // 25 Nov
+    if (i % Math.ceil(most / 120) === 0) out.push({ label });
+    const bar = out.at(-1);
+    for (const name in total) bar[name] = (bar[name] || 0) + (group[name] || 0);
+  }
+  return out;
+}
+
+function roundUp(n) {
+  const unit = 10 ** Math.floor(Math.log10(n || 1));
+  return [1, 2, 2.5, 5, 10].find((step) => step * unit >= n) * unit;
+}
+
+function drawChart() {
+  const svg = $("chart"), { clientWidth: width, clientHeight: height } = svg, low = height - 20;
+  if (width < AXIS) return;
+  const [text, parts] = metric, step = (width - AXIS - 12) / (bars.length || 1);
+  const peak = roundUp(Math.max(0, ...bars.map((bar) => sum(parts, (part) => part[2](bar)))));
+  const tall = (value) => ((low - 10) * value) / peak, wide = Math.min(44, step * 0.78);
+  const word = (x, y, anchor, what) => draw("text", { x, y, "text-anchor": anchor }, what);
+  const nodes = [0, peak / 2, peak].flatMap((value) => {
+    const y = low - tall(value);
+    return [draw("line", { x1: AXIS, x2: width, y1: y, y2: y }),
+      word(AXIS - 8, y + 4, "end", text(value))];
+  });
+  bars.forEach((bar, i) => {
+    const left = AXIS + i * step, middle = left + step / 2;
+    let y = low;
+    for (const [, colour, value] of parts.filter((part) => part[2](bar))) {
+      const size = Math.max(1, tall(value(bar)));
+      nodes.push(draw(`rect.${colour}`,
+        { x: middle - wide / 2, y: y -= size, width: wide, height: size }));
+    }
+    if (text === money && bar.unpriced) nodes.push(
+      draw("circle.s4", { cx: middle, cy: y - 5, r: 2.5 }));
+    if (i % Math.ceil(56 / step) === 0) nodes.push(word(middle, height - 5, "middle", bar.label));
+    const over = draw("rect.over", { x: left, width: step, height: low });
+    over.addEventListener("pointerenter", () => readOut(bar.label, [bar]));
+    nodes.push(over);
+  });
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("aria-label", `${bars.length} bars of at most ${text(peak)} each`);
+  fill("chart", ...nodes);
+  fill("legend", ...parts.map(([name, colour]) => make("span", {}, make(`i.${colour}`, {}), name)));
+  readOut("In all", bars);
+}
+
+function readOut(label, of) {
+  const [text, parts] = metric, unpriced = text === money && sum(of, (g) => g.unpriced);
+  fill("readout", `${label}: `
+    + parts.map(([name, , value]) => `${name} ${text(sum(of, value))}`).join(", ")
+    + (unpriced ? `, and ${plural(unpriced, "request")} of unknown cost` : ""));
+}
+
+// The log: receipts by id. It is live until somebody pauses it or pages back.
+const MOST_ROWS = 200, BY = [...GROUPS, "status"], receipts = new Map(), drawn = new Map();
+const BEGUN = { waiting: true, status: "open", attempts: [], warnings: [], tags: {} };
+let heard = [], live = true, missed = 0, loads = 0, loading = false, more = false;
+let cursor = "";  // that of the oldest row, until live rows push that one out
+let ended = 0, errors = 0, announceDue = 0, againDue = Infinity, detailed = "";
+
+const sought = () => $("by-text").value.trim().toLowerCase();
+const ordered = () => [...receipts.values()].sort((a, b) => (a.time < b.time ? 1 : -1));
+
+function filters() {
+  const chosen = BY.map((by) => [by, $(`by-${by}`).value]), text = sought();
+  if (/^[0-9a-f]{24}$/.test(text)) chosen.push(["id", text]);
+  return Object.fromEntries(chosen.filter(([, value]) => value));
+}
+
+/** "newest" starts afresh, "older" goes on, "again" looks for what has ended meanwhile. */
+async function load(what) {
+  if (what === "older" && live) setLive(false);
+  const last = ordered().at(-1), mine = loads += what === "newest";
+  const after = cursor ? { before: cursor }
+    : { to: last && new Date(Date.parse(last.time) + 1).toISOString() };
+  const query = { limit: 50, ...filters(), ...(what === "older" && after) };
+  loading = loading || what === "newest";
+  try {
+    const page = await askJson(`v1/requests?${new URLSearchParams(query)}`);
+    if (mine !== loads || (what === "again" && !live)) return;  // no longer what is wanted
+    if (what === "newest") receipts.clear();
+    if (what !== "again") [cursor, more] = [page.next || "", page.has_more];
+    for (const r of page.data) if ((receipts.get(r.id) || BEGUN).waiting) receipts.set(r.id, r);
+  } catch (error) {
+    failed("stream", error);
+  } finally { if (what === "newest" && mine === loads) loading = false; }
+  hear();
+  showLog();
+}
+
+/** Take in at once what the stream has brought. */
+function hear() {
+  if (loading || !heard.length) return;
+  const filtered = Object.keys(filters()).length, news = heard;
+  heard = [];
+  for (const r of news) {
+    const known = receipts.has(r.id);
+    ended += !r.waiting;
+    errors += r.status >= 400;
+    missed += !live && !known && !r.waiting;
+    if (known ? !r.waiting : live && !filtered) receipts.set(r.id, r);
+    if (r.id === detailed) fillDetail(r);
+  }
+  if (live && filtered) againDue = Math.min(againDue, now() + 1500);
+  usageStale = true;
+  showLog();
+}
+
+function showLog() {
+  const all = ordered(), over = Math.max(0, all.length - MOST_ROWS), text = sought();
+  for (const { id } of live ? all.splice(MOST_ROWS) : all.splice(0, over)) receipts.delete(id);
+  if (over && live) [cursor, more] = ["", true];
+  const holds = (r) => JSON.stringify(Object.values(r)).toLowerCase().includes(text);
+  const found = text ? all.filter(holds) : all;
+  const ids = new Set(found.map((r) => r.id)), rows = $("rows");
+  for (const [id, { node }] of drawn) if (!ids.has(id)) { node.remove(); drawn.delete(id); }
+  found.forEach((r, i) => {
+    const node = rowOf(r);
+    if (rows.children[i] !== node) rows.insertBefore(node, rows.children[i] || null);
+  });
+  const filtered = Boolean(text || Object.keys(filters()).length);
+  fill("pause", live ? "Pause" : missed ? `Resume (${count(missed)} new)` : "Resume");
+  $("older").hidden = !more;
+  $("empty").hidden = found.length > 0 || loading;
+  $("empty-code").hidden = filtered;
+  fill("empty-note", filtered ? "Nothing matches."
+    : "No requests yet. Try the built-in model, which costs nothing:");
+}
+
+function rowOf(receipt) {
+  const old = drawn.get(receipt.id);
+  if (old && old.receipt === receipt) return old.node;
+  const node = makeRow(receipt), focused = old && old.node.contains(document.activeElement);
+  if (old) old.node.replaceWith(node);
+  if (focused) node.querySelector("button").focus();
+  drawn.set(receipt.id, { receipt, node });
+  return node;
+}
+
+function makeRow(r) {
+  const u = r.usage, tally = (name) => num(u ? (u.estimated ? "~" : "") + count(u[name]) : "");
+  const at = local(r.time), recent = Date.now() - Date.parse(r.time) < 12 * HOUR;
+  const elsewhere = r.model && ![r.model, `${r.provider}/${r.model}`].includes(r.asked);
+  const notes = joined(r.code, elsewhere && `to ${r.model}`,
+    r.attempts.length > 1 && plural(r.attempts.length, "attempt"),
+    r.warnings.length && plural(r.warnings.length, "warning"));
+  // Who got an error without usage was not charged, as far as anybody knows.
+  const free = r.waiting || (lacks(r.cost_usd) && !u && r.status >= 400);
+  const row = make(r.waiting ? "tr.waiting" : "tr", {},
+    td(button(recent ? at.slice(12) : `${at.slice(0, 5)} ${at.slice(12, 17)}`, () => {}, "plain")),
+    td(r.status, r.status >= 400 ? "bad" : ""),
+    make("td", { title: `${r.asked} ${notes}` }, `${r.asked} `, make("span.soft", {}, notes)),
+    td(r.provider || ""), td(r.key), tally("input_tokens"), tally("output_tokens"), num(free ? ""
+      : money(r.cost_usd)), num(duration(r.ttft_ms)), num(duration(r.took_ms)));
+  row.addEventListener("click", () => { fillDetail(r); $("detail").showModal(); });
+  return row;
+}
+
+function setLive(on) {
+  [live, missed] = [on, 0];
+  if (on) load("newest");
+  showLog();
+}
+
+function offer(by, groups) {
+  const id = `by-${by}`, chosen = $(id).value;
+  if (document.activeElement === $(id)) return;  // somebody is choosing
+  const names = new Set([chosen, ...groups.slice(0, 500).sort()].filter(Boolean));
+  fill(id, make("option", { value: "" }, `Any ${by}`),
+    ...[...names].map((name) => make("option", {}, name)));
+  $(id).value = chosen;
+}
+
+// The stream of events, read by fetch: EventSource cannot send a header.
+let stream = null;
+async function follow() {
+  const { signal } = stream = new AbortController();
+  for (let tries = 0; !signal.aborted;) {
+    try {
+      if (live) load("newest");
+      const answer = await ask("api/events", signal);
+      fill("stream", "live");
+      [againDue, usageStale] = [now() + 1500, true];  // the ledger is a moment behind
+      await readEvents(answer.body.getReader(), () => { tries = 0; });
+    } catch (error) { failed("stream", error); }
+    if (signal.aborted) return;
+    const wait = Math.min(30e3, 500 * 2 ** tries++);
+    fill("stream", `reconnecting in ${duration(wait)}`);
+    await new Promise((done) => setTimeout(done, wait));
+  }
+}
+
+async function readEvents(reader, alive) {
+  const decoder = new TextDecoder();
+  for (let rest = ""; ;) {
+    const timer = setTimeout(() => reader.cancel(), 60e3);  // heartbeats come more often
+    const { done, value } = await reader.read().finally(() => clearTimeout(timer));
+    if (done) return;
+    alive();
+    const blocks = (rest + decoder.decode(value, { stream: true })).split(newline + newline);
+    rest = blocks.pop();
+    blocks.forEach(takeEvent);
+  }
+}
+
+function takeEvent(block) {
+  const field = (name) => (block.split(newline).find((line) => line.startsWith(name)) || "")
+    .slice(name.length);
+  const begun = { begun: BEGUN, request: {} }[field("event: ")];
+  if (begun) heard.push({ ...begun, ...JSON.parse(field("data: ")) });
+}
+
+// One request in detail.
+const shown = (pairs) => make("dl.facts", {},
+  ...facts(pairs.filter(([, value]) => value && value !== "-")));
+const joined = (...words) => words.filter(Boolean).join(" / ");
+
+function fillDetail(r) {
+  const code = make("pre", {}, `bitrouter route ${quoted(r.asked)} --explain`);
+  const h3 = (text) => make("h3", {}, text);
+  detailed = r.id;
+  fill("detail-title", r.asked || r.op);
+  fill("detail-body", shown([
+    ["Status", `${r.status} ${r.code || ""}`], ["Finish", r.finish],
+    ["Served by", joined(r.provider, r.account, r.model)],
+    ["Operation", r.op && r.op + (r.stream ? ", streamed" : "")],
+    ["Came", local(r.time)], ["Took", duration(r.took_ms)],
+    ["TTFT", duration(r.ttft_ms)], ["Overhead", r.overhead_ms && `${r.overhead_ms.toFixed(2)} ms`],
+    ["Key", r.key], ["Caller", r.caller], ["Session", r.session],
+    ["Tags", Object.entries(r.tags).map((tag) => tag.join("=")).join(", ")],
+    ["Request id", r.id], ["Trace id", r.trace],
+    ...r.warnings.map((said) => ["Warning", make("span.warn", {}, said)]),
+  ]),
+  ...(r.attempts.length ? [h3("Attempts"), attempts(r)] : []),
+  ...(r.waiting ? [] : [h3("Cost"), usage(r)]),
+  h3("Explain where this model leads now"), code,
+  button("Copy", ({ target }) => copy(code, target)));
+}
+
+/** A waterfall; the mark is the first token. */
+function attempts(r) {
+  const end = Math.max(1, r.took_ms, ...r.attempts.map((a) => a.began_ms + a.took_ms));
+  const share = (ms) => `${((100 * ms) / end).toFixed(2)}%`, first = share(r.ttft_ms);
+  const rows = r.attempts.map((a) => {
+    const bar = draw("svg.fall", { "aria-hidden": true }, draw(a.code ? "rect.s3" : "rect.s0",
+      { x: share(a.began_ms), y: 3, width: share(Math.max(a.took_ms, end / 200)), height: 8 }));
+    if (!a.code && r.ttft_ms) bar.append(draw("line", { x1: first, x2: first, y2: 14 }));
+    return tr(joined(a.provider, a.account, a.model), td(a.protocol), td(`${a.status} ${a.code}`,
+      a.code ? "bad" : ""), td(duration(a.began_ms)), td(duration(a.took_ms)), td(bar));
+  });
+  return make("div.scroll", {}, make("table", {},
+    thead(["Target", "Protocol", "Outcome", "Began", "Took", "When"], 6), tbody(rows)));
+}
+
+function usage({ usage: u, price, cost_usd: cost }) {
+  const p = price || {}, at = (n, usd) => n > 0
+    && `${full.format(n)} at ${lacks(usd) ? "an unknown price" : `$${usd} per million`}`;
+  return shown([["Cost", money(cost)], ...(u ? [
+    ["Input", at(u.input_tokens - u.cached_tokens - u.cache_write_tokens, p.input)],
+    ["From cache", at(u.cached_tokens, p.cache_read)],
+    ["Into cache", at(u.cache_write_tokens, p.cache_write)],
+    ["Output", at(u.output_tokens, p.output)],
+    ["Reasoning", u.reasoning_tokens && `${full.format(u.reasoning_tokens)} of the output`],
+    ["Usage", u.estimated ? "estimated" : "reported"]] : [["Usage", "unknown"]])]);
+}
+
+// Status, the health of providers, and what is routable.
+let statusDue = 0, reloads = -1, models = [];
+async function refreshStatus() {
+  statusDue = now() + 5000;
+  try {
+    const status = await askJson("api/status");
+    showStatus(status);
+    showHealth(status);
+    if (status.reloads === reloads) return;
+    [models, reloads] = [(await askJson("v1/models")).data, status.reloads];
+    showModels();
+  } catch (error) { failed("state", error); }
+}
+
+const below = (names, ident) =>
+  Object.keys(names).filter((name) => name === ident || name.startsWith(`${ident}/`));
+
+function showStatus(status) {
+  const { degraded = [], warnings, providers } = status, notes = [...degraded, ...warnings];
+  const cooling = providers.filter((ident) => below(status.cooling_s, ident).length).length;
+  const state = status.status === "ok" && degraded.length ? "degraded" : status.status;
+  say(state, state === "ok" ? "" : "warn");
+  fill("facts", ...facts([["Version", status.version], ["Up", duration(status.uptime_s * 1000)],
+    ["Providers", `${providers.length - cooling} healthy${cooling ? `, ${cooling} cooling` : ""}`],
+    ["In flight", count(status.in_flight)], ["Warnings", count(warnings.length)]]));
+  fill("notices", ...notes.map((note) => make("li", {}, note)));
+  $("notices").hidden = !notes.length;
+  fill("server", JSON.stringify(status, null, 2));
+}
+
+function showHealth({ providers, active, cooling_s: cooling, targets }) {
+  const figure = (value) => num(lacks(value) ? "" : count(Math.round(value)));
+  const state = (names) => {
+    const waits = names.map((name) => cooling[name]).filter(Boolean);
+    return waits.length ? td(`cooling ${Math.ceil(Math.max(...waits))} s`, "warn") : td("healthy");
+  };
+  const target = (ident) => (name) => {
+    const t = targets[name] || {}, text = make("span.soft", {}, name.slice(ident.length + 1));
+    return tr(text, name in cooling ? state([name]) : td(""), figure(t.answers),
+      figure(t.failures), num(duration(t.p50_ttft_ms)), figure(t.tokens_per_s));
+  };
+  fill("health", thead(["Provider", "State", "Answers", "Failures", "TTFT", "Tokens/s"], 2),
+    tbody(providers.flatMap((ident) => {
+      const names = [...new Set([...below(cooling, ident), ...below(targets, ident)])];
+      return [tr(make("b", {}, ident), state(names), make("td.soft", { colspan: 4 },
+        (active[ident] || {}).enabled_by || "")), ...some(names, 12, target(ident))];
+    })));
+}
+
+function showModels() {
+  const wanted = $("models-find").value.trim().toLowerCase();
+  const found = models.filter((model) => model.id.toLowerCase().includes(wanted));
+  const rate = (usd) => num(lacks(usd) ? "unknown" : `$${usd}`);
+  const use = (model) => { $("snippet-model").value = model; showSnippet(); };
+  fill("models-note", count(found.length));
+  fill("models", thead(["Model", "Context", "In, $/M", "Out, $/M"]), tbody(some(found, 100,
+    ({ id, context_length: size, pricing_usd_per_million: price = {} }) => tr(button(id,
+      () => use(id), "plain"), num(size ? short.format(size) : ""), rate(price.input),
+    rate(price.output)))));
+}
+
+// Snippets. "MODEL" becomes a string of JSON, Python, JavaScript or TOML, MODEL a word for the
+// shell, PATH a piece of a URL: a model's name may hold anything.
+const SNIPPETS = [["OpenAI Python", `from openai import OpenAI
+client = OpenAI(base_url="BASE/v1", api_key="YOUR_KEY")
+answer = client.chat.completions.create(model="MODEL", messages=HELLO)
+print(answer.choices[0].message.content)`], ["OpenAI Node", `import OpenAI from "openai";
+const client = new OpenAI({ baseURL: "BASE/v1", apiKey: "YOUR_KEY" });
+const answer = await client.chat.completions.create({ model: "MODEL", messages: HELLO });
+console.log(answer.choices[0].message.content);`], ["OpenAI curl",
+`curl BASE/v1/chat/completions -H 'authorization: Bearer YOUR_KEY' --json '{
+  "model": "MODEL", "messages": HELLO}'`], ["Anthropic Python", `from anthropic import Anthropic
+client = Anthropic(base_url="BASE", api_key="YOUR_KEY")
+answer = client.messages.create(model="MODEL", max_tokens=1024, messages=HELLO)
+print(answer.content[0].text)`], ["Anthropic Node", `import Anthropic from "@anthropic-ai/sdk";
+const client = new Anthropic({ baseURL: "BASE", apiKey: "YOUR_KEY" });
+const answer = await client.messages.create({ model: "MODEL", max_tokens: 1024, messages: HELLO });
+console.log(answer.content[0].text);`], ["Anthropic curl",
+`curl BASE/v1/messages -H 'x-api-key: YOUR_KEY' -H 'anthropic-version: 2023-06-01' --json '{
+  "model": "MODEL", "max_tokens": 1024, "messages": HELLO}'`],
+["Google Python", `from google import genai
+client = genai.Client(api_key="YOUR_KEY", http_options={"base_url": "BASE"})
+print(client.models.generate_content(model="MODEL", contents="Hello").text)`], ["Google Node",
+`import { GoogleGenAI } from "@google/genai";
+const ai = new GoogleGenAI({ apiKey: "YOUR_KEY", httpOptions: { baseUrl: "BASE" } });
+console.log((await ai.models.generateContent({ model: "MODEL", contents: "Hello" })).text);`],
+["Google curl",
+`curl 'BASE/v1beta/models/PATH:generateContent' -H 'x-goog-api-key: YOUR_KEY' --json '{
+  "contents": [{"parts": [{"text": "Hello"}]}]}'`],
+["Claude Code", `export ANTHROPIC_BASE_URL=BASE ANTHROPIC_AUTH_TOKEN=YOUR_KEY
+claude --model MODEL`], ["Codex", `# in ~/.codex/config.toml; then: BITROUTER_KEY=YOUR_KEY codex
+model = "MODEL"
+model_provider = "bitrouter"
+[model_providers.bitrouter]
+name = "bitrouter"
+base_url = "BASE/v1"
+env_key = "BITROUTER_KEY"
+wire_api = "responses"`], ["Gemini CLI", `# ~/.gemini/settings.json must have
+# {"security": {"auth": {"selectedType": "gemini-api-key"}}}
+export GOOGLE_GEMINI_BASE_URL=BASE GEMINI_API_KEY=YOUR_KEY
+gemini -m MODEL`], ["opencode", `// in opencode.json; then choose the model with /models
+{"provider": {"bitrouter": {"npm": "@ai-sdk/openai-compatible", "models": {"MODEL": {}},
+  "options": {"baseURL": "BASE/v1", "apiKey": "YOUR_KEY"}}}}`]];
+let snippet = SNIPPETS[0][1];
+const quoted = (word) => (/^[A-Za-z0-9_./:@-]+$/.test(word) ? word
+  : `'${word.replaceAll("'", `'"'"'`)}'`);
+
+function render(template, model) {
+  const values = { BASE: home.href.replace(/[/]$/, ""), MODEL: quoted(model),
+    '"MODEL"': JSON.stringify(model).replaceAll("'", `${backslash}u0027`),
+    PATH: encodeURI(model).replaceAll("'", "%27"),
+    HELLO: '[{"role": "user", "content": "Hello"}]' };
+  return template.replace(/BASE|"MODEL"|MODEL|PATH|HELLO/g, (name) => values[name]);
+}
+
+const showSnippet = () => fill("snippet", render(snippet, $("snippet-model").value || "echo/echo"));
+
+async function copy(from, by) {
+  try {
+    await navigator.clipboard.writeText(from.textContent);
+    by.textContent = "Copied";
+    setTimeout(() => { by.textContent = "Copy"; }, 1500);
+  } catch { getSelection().selectAllChildren(from); }  // plain HTTP has no clipboard
+}
+
+// When things happen. While nobody sees the page it asks for nothing.
+let timers = [];
+function wake() {
+  if (timers.length || document.hidden || !$("gate").hidden) return;
+  $("main").hidden = false;
+  [statusDue, usageDue, usageStale] = [0, 0, true];
+  timers = [setInterval(hear, 250), setInterval(tick, 1000)];
+  follow();
+  tick();
+}
+
+function sleep() {
+  timers.splice(0).forEach(clearInterval);
+  if (stream) stream.abort();
+}
+
+function tick() {
+  const at = now();
+  if (at >= usageDue && usageStale) refreshUsage();
+  if (at >= statusDue) refreshStatus();
+  if (at >= againDue) { againDue = Infinity; load("again"); }
+  if (at >= announceDue && ended) {  // a sum now and then, for those who listen to the page
+    fill("heard", `${plural(ended, "request")}, ${plural(errors, "error")}`);
+    [ended, errors, announceDue] = [0, 0, at + 15e3];
+  }
+  for (const { receipt, node } of drawn.values()) if (receipt.waiting) {
+    const passed = Math.round((Date.now() - Date.parse(receipt.time)) / 1000);
+    node.lastChild.textContent = `${Math.max(0, passed)} s`;
+  }
+}
+
+function setTheme(theme) {
+  $("theme").value = document.documentElement.dataset.theme = theme;
+  kept("localStorage").bitrouterTheme = theme;
+}
+
+const on = (id, event, act) => $(id).addEventListener(event, act);
+on("gate-form", "submit", (event) => {
+  event.preventDefault();
+  setKey($("gate-key").value.trim());
+  $("gate-key").value = "";
+  wake();
+});
+on("theme", "change", () => setTheme($("theme").value));
+choices("spans", SPANS, (chosen) => {
+  span = chosen;
+  fill("span-note", "adding up");
+  refreshUsage();
+});
+choices("metrics", METRICS, (chosen) => { metric = chosen; drawChart(); });
+choices("snippets", SNIPPETS, (chosen) => { snippet = chosen; showSnippet(); });
+on("chart", "pointerleave", () => readOut("In all", bars));
+new ResizeObserver(drawChart).observe($("chart"));
+GROUPS.forEach((by) => offer(by, []));
+BY.forEach((by) => on(`by-${by}`, "change", () => setLive(true)));
+on("by-text", "change", () => { if (live || filters().id) setLive(true); });
+on("by-text", "input", showLog);
+on("pause", "click", () => setLive(!live));
+on("older", "click", () => load("older"));
+on("detail-close", "click", () => $("detail").close());
+on("detail", "click", ({ target }) => { if (target === $("detail")) target.close(); });
+on("detail", "close", () => { detailed = ""; });
+on("models-find", "input", showModels);
+on("snippet-model", "input", showSnippet);
+on("snippet-copy", "click", ({ target }) => copy($("snippet"), target));
+document.addEventListener("visibilitychange", () => (document.hidden ? sleep() : wake()));
+$("rows").before(thead(["Time", "Status", "Model", "Provider", "Key", "In", "Out", "Cost", "TTFT",
+  "Took"], 5));
+fill("empty-code", render(SNIPPETS[2][1], "echo/echo"));
+setTheme(kept("localStorage").bitrouterTheme || "");
+showSnippet();
+wake();
+</script>
+</body>
+</html>
+"""
+
+
+# ---------------------------------------------------------------------------------------------
+# 32. logs: one line per event, for people or for machines
 # ---------------------------------------------------------------------------------------------
 # `logging` is the front: one logger, `%`-arguments. The line of each request takes a short cut
-# past it (a LogRecord costs 8 us), to the same writer. Lines are gathered and written together:
-# at once on a terminal, within a twentieth of a second elsewhere.
+# past it (a LogRecord costs 8 us), to the same writer. Events are gathered, then made lines of
+# (which is faster many at a time) and written: at once on a terminal, within a twentieth of a
+# second elsewhere.
 
 log = logging.getLogger("bitrouter")
 
 _FLUSH_S = 0.05
+_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
+           "error": logging.ERROR}  # fmt: skip
+LOG_LEVELS = {**_LEVELS, "off": logging.CRITICAL + 1}
 _PLAIN = re.compile(r"[\w.:/@+\-%$~]+")
+
+
+class _Event(NamedTuple):
+    """facts: a text that says them all, or each by its name; those that are None are left out."""
+
+    at_ns: int
+    level: str
+    name: str
+    facts: Mapping[str, Any] | str
 
 
 class LogWriter(logging.Handler):
     """Formats events as logfmt or JSON and writes them to a stream, gathered."""
 
-    def __init__(self, stream: Any, *, as_json: bool) -> None:
-        super().__init__()
+    def __init__(self, stream: Any, *, as_json: bool, least: int = logging.INFO) -> None:
+        """least: the level of `logging` below which nothing is written."""
+        super().__init__(least)
         self._stream = stream
         self._as_json = as_json
         self._secrets: list[str] = []
-        self._lines: list[str] = []
+        self._events: list[_Event] = []
         self._loop: asyncio.AbstractEventLoop | None = None
         self._delay_s = 0.0 if stream.isatty() else _FLUSH_S
         self._second = -1
@@ -15438,18 +18345,10 @@ class LogWriter(logging.Handler):
         self._secrets = [s.reveal() for s in secrets if len(s.reveal()) >= 8]
 
     def event(self, name: str, facts: Mapping[str, Any], level: str = "info") -> None:
-        """Write one line. Facts that are None are left out."""
-        stamp = self._now()
-        if self._as_json:
-            told = _ENCODE({k: v for k, v in facts.items() if v is not None})
-            comma = ", " if len(told) > 2 else ""
-            line = f'{{"ts": "{stamp}", "level": "{level}", "event": "{name}"{comma}{told[1:]}'
-        else:
-            pairs = [f" {k}={_logfmt(v)}" for k, v in facts.items() if v is not None]
-            line = f"{stamp} {level} {name}{''.join(pairs)}"
-        if level != "info" or "error" in facts:
-            line = self._redacted(line)
-        self._put(line, urgent=level != "info")
+        """Write one line, soon: the facts must not change any more."""
+        if _LEVELS[level] < self.level:
+            return
+        self._put(_Event(time.time_ns(), level, name, facts))
 
     def emit(self, record: logging.LogRecord) -> None:
         """What comes by way of `logging`: the message is `event key=value ...` already."""
@@ -15459,34 +18358,49 @@ class LogWriter(logging.Handler):
         if record.exc_info:
             trace = logging.Formatter().formatException(record.exc_info)
             said += "\n    " + trace.replace("\n", "\n    ")
-        said = self._redacted(said)
-        level = record.levelname.lower()
-        if self._as_json:
-            self._put(json.dumps({"ts": self._now(), "level": level, "event": said}), urgent=True)
-        else:
-            self._put(f"{self._now()} {level} {said}", urgent=True)
+        self._events.append(_Event(time.time_ns(), record.levelname.lower(), "", said))
+        self.flush()
 
     def flush(self) -> None:
-        lines, self._lines = self._lines, []
-        if lines:
+        events, self._events = self._events, []
+        if events:
+            lines = "\n".join([self._line(event) for event in events])
             with suppress(OSError, ValueError):  # nobody reads the log: no reason to stop serving
-                self._stream.write("\n".join(lines) + "\n")
+                self._stream.write(lines + "\n")
                 self._stream.flush()
 
-    def _redacted(self, text: str) -> str:
+    def _line(self, event: _Event) -> str:
+        at_ns, level, name, facts = event
+        stamp = self._stamp_of(at_ns)
+        if isinstance(facts, str):
+            said = self.redact(facts)
+            if self._as_json:
+                return json.dumps({"ts": stamp, "level": level, "event": said})
+            return f"{stamp} {level} {said}"
+        if self._as_json:
+            told = _ENCODE({k: v for k, v in facts.items() if v is not None})
+            comma = ", " if len(told) > 2 else ""
+            line = f'{{"ts": "{stamp}", "level": "{level}", "event": "{name}"{comma}{told[1:]}'
+        else:
+            pairs = [f" {k}={_logfmt(v)}" for k, v in facts.items() if v is not None]
+            line = f"{stamp} {level} {name}{''.join(pairs)}"
+        return self.redact(line) if level != "info" or "error" in facts else line
+
+    def redact(self, text: str) -> str:
+        """A text without the secrets that are to be hidden."""
         for secret in self._secrets:
             text = text.replace(secret, "[redacted]")
         return text
 
-    def _put(self, line: str, *, urgent: bool) -> None:
-        self._lines.append(line)
-        if self._loop is None or urgent:
+    def _put(self, event: _Event) -> None:
+        self._events.append(event)
+        if self._loop is None or event.level != "info":
             self.flush()
-        elif len(self._lines) == 1:
+        elif len(self._events) == 1:
             self._loop.call_later(self._delay_s, self.flush)
 
-    def _now(self) -> str:
-        millis = time.time_ns() // 1_000_000
+    def _stamp_of(self, at_ns: int) -> str:
+        millis = at_ns // 1_000_000
         if millis // 1000 != self._second:
             self._second = millis // 1000
             self._stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(self._second))
@@ -15504,7 +18418,642 @@ def _logfmt(value: Any) -> str:
 
 
 # ---------------------------------------------------------------------------------------------
-# 29. transport: the HTTP client: pool, TLS, proxies, deadlines
+# 33. ledger: receipts in SQLite
+# ---------------------------------------------------------------------------------------------
+# A request leaves its receipt in a list and goes on. One thread owns the connection and writes
+# what has gathered, each second or thousand: one transaction, so that at most the last batch is
+# lost when the process is killed. While the file cannot be written (a full disk, a lock, a wrong
+# owner) serving goes on: receipts wait, up to a bound, and the log says so once a minute. Readers
+# have connections of their own. Several processes may share a file.
+
+
+class LedgerError(BitrouterError):
+    """The ledger cannot be read or written now; the message says why."""
+
+    status, code = 503, "ledger_unavailable"
+
+
+# One statement each; PRAGMA user_version counts those that were run. Append, never change. The
+# table shares its file with those of the Rust BitRouter, whose default path is the same. Only
+# `at` has an index: rows come almost in its order. To find one id in a million rows without an
+# index takes half a second; each row would pay for one.
+MIGRATIONS = (
+    """CREATE TABLE receipts (
+        at INTEGER, status INTEGER, input_tokens INTEGER, output_tokens INTEGER,
+        cached_tokens INTEGER, cache_write_tokens INTEGER, reasoning_tokens INTEGER,
+        cost_nano INTEGER, ttft_us INTEGER, took_us INTEGER, upstream_us INTEGER, stream INTEGER,
+        estimated INTEGER, provider TEXT, model TEXT, key TEXT, session TEXT, caller TEXT,
+        asked TEXT, id TEXT, op TEXT, account TEXT, code TEXT, finish TEXT, warnings TEXT,
+        trace TEXT, tags TEXT, price TEXT, attempts TEXT)""",
+    "CREATE INDEX receipts_at ON receipts (at)",
+)
+_BATCH_ROWS, _STATEMENT_ROWS = 1_000, 25
+_PRUNE_ROWS, _PRUNE_EVERY_NS = 2_000, 3600 * 10**9
+_MEMORY_ROWS = 50_000  # kept when there is no file
+_REMIND_S = 60.0
+_DAY_MS = 86_400_000
+_UNREADABLE = (11, 26)  # SQLITE_CORRUPT, SQLITE_NOTADB
+
+
+def ledger_path(environ: Mapping[str, str], url: str = "") -> str:
+    """Where receipts are kept: "memory:" or a path.
+
+    Args:
+        url: state.url of the configuration; "" for the usual place.
+
+    Raises:
+        ConfigError: it is the URL of another database.
+    """
+    if url == "memory:":
+        return url
+    path = url.removeprefix("sqlite://")
+    if other := re.match(r"\w\w+:", path):  # no more of it is shown: it may hold a password
+        raise ConfigError(f"state.url: expected a path or memory:, got one that begins {other[0]}")
+    home = environ.get("BITROUTER_HOME") or "~/.bitrouter"
+    return os.path.expanduser(path or os.path.join(home, "bitrouter.db"))  # noqa: PTH111, PTH118
+
+
+class Ledger:
+    """Receipts, written by a thread of its own from `start` to `close`; to read needs neither.
+
+    Attributes:
+        error: why nothing can be written now; "" if all is well.
+        written, dropped: receipts that are safe, and those that were given up.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        keep_days: float = 90.0,
+        room: int = 20_000,
+        batch_s: float = 1.0,
+        lock_s: float = 5.0,
+        deadline_s: float = 10.0,
+        clock: Callable[[], int] = time.time_ns,
+        report: Callable[[int, str], None] = log.log,
+        migrations: tuple[str, ...] = MIGRATIONS,
+    ) -> None:
+        """
+        Args:
+            path: of the file, or "memory:" for none.
+            keep_days: age at which receipts are removed; 0 for never.
+            room: receipts that may wait; beyond them the oldest are dropped.
+            lock_s: seconds to wait for other processes.
+            deadline_s: seconds that a question may take.
+            report: is told level and text of what goes wrong, in the ledger's thread.
+        """
+        self.path = path
+        self.error = ""
+        self.written = self.dropped = 0
+        self._on_disk = path != "memory:"
+        self._keep_days, self._room, self._batch_s = keep_days, room, batch_s
+        self._lock_s, self._deadline_s = lock_s, deadline_s
+        self._clock, self._report, self._migrations = clock, report, migrations
+        self._waiting: deque[Receipt] = deque(maxlen=room)
+        self._batch: list[Receipt] = []  # taken by the thread, and not yet safe
+        self._db: sqlite3.Connection | None = None
+        self._inode = 0
+        self._prune_at = 0
+        self._told, self._told_at = "", 0.0  # the last failure that was reported
+        self._owes_news = False  # somebody was told that it fails, and not yet that it works
+        self._thread: threading.Thread | None = None
+        self._wake = threading.Event()
+        self._closing = False
+        self._own = threading.Lock()  # of the connection, when readers must share it
+
+    def put(self, receipt: Receipt) -> None:
+        """Keep a receipt, soon. Only for the thread of the event loop."""
+        waiting = self._waiting
+        self.dropped += len(waiting) >= self._room
+        waiting.append(receipt)
+        if len(waiting) == _BATCH_ROWS:
+            self._wake.set()
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write what waits and stop. It may take as long as others hold the lock."""
+        if self._thread:
+            self._closing = True
+            self._wake.set()
+            self._thread.join()
+            self._thread = None
+
+    def flush(self) -> None:
+        """Write what waits now. It blocks; for any thread but the event loop's."""
+        self._turn()
+
+    @property
+    def waiting(self) -> int:
+        """Receipts that are not safe yet."""
+        return len(self._waiting) + len(self._batch)
+
+    def status(self) -> JsonObject:
+        return {
+            "path": self.path,
+            "written": self.written,
+            "waiting": self.waiting,
+            "dropped": self.dropped,
+            "error": self.error or None,
+        }
+
+    def usage(self, query: UsageQuery) -> JsonObject:
+        """Sums, as usage_answer has them. It blocks. Raises LedgerError."""
+        where, values = _condition(query)
+        group = _GROUPS.get(query.group_by, query.group_by)
+        sql = f"SELECT {group}, {_SUMS} FROM receipts WHERE {where} GROUP BY 1"  # noqa: S608
+        sql += f" ORDER BY {2 + USAGE_SUMS.index('cost_nano')} DESC, 2 DESC"
+        return self._read(sql, values, functools.partial(usage_answer, query))
+
+    def requests(self, query: RequestsQuery) -> JsonObject:
+        """A page of receipts, as requests_answer has it. It blocks. Raises LedgerError."""
+        where, values = _condition(query)
+        if query.before:
+            where += " AND (at, rowid) < (?, ?)"
+            values += query.before
+        columns = ", ".join(RECEIPT_COLUMNS)
+        sql = f"SELECT rowid, {columns} FROM receipts WHERE {where}"  # noqa: S608
+        sql += " ORDER BY at DESC, rowid DESC LIMIT ?"
+        values += (query.limit + 1,)
+        return self._read(sql, values, functools.partial(requests_answer, query))
+
+    # Reading.
+
+    def _read(
+        self,
+        sql: str,
+        values: tuple[str | int, ...],
+        fold: Callable[[Iterable[tuple[Any, ...]]], JsonObject],
+    ) -> JsonObject:
+        import sqlite3
+
+        try:
+            if not self._on_disk:
+                with self._own:
+                    return self._ask(self._db, sql, values, fold) if self._db else fold(())
+            if not os.path.exists(self.path):  # noqa: PTH110
+                return fold(())
+            name = f"file:{quote(self.path)}?mode=ro"
+            db = sqlite3.connect(name, timeout=self._lock_s, uri=True)
+            try:
+                return self._ask(db, sql, values, fold)
+            finally:
+                db.close()
+        except sqlite3.Error as error:
+            if "interrupted" in str(error):
+                said = f"it took longer than {self._deadline_s:g} s: ask for a shorter time"
+            else:
+                said = f"{self.path}: {error}"
+            raise LedgerError(f"the ledger cannot be read: {said}") from None
+
+    def _ask(
+        self,
+        db: sqlite3.Connection,
+        sql: str,
+        values: tuple[str | int, ...],
+        fold: Callable[[Iterable[tuple[Any, ...]]], JsonObject],
+    ) -> JsonObject:
+        version = self._version(db)
+        if not version:
+            return fold(())
+        if version < len(self._migrations):
+            raise LedgerError(f"{self.path} is of an older version: start the server to renew it")
+        until = time.monotonic() + self._deadline_s
+        db.set_progress_handler(lambda: time.monotonic() > until, 10_000)
+        try:
+            return fold(db.execute(sql, values))
+        finally:
+            db.set_progress_handler(None, 0)
+
+    # Writing, all in the ledger's thread.
+
+    def _work(self) -> None:
+        while not self._closing:
+            self._wake.wait(self._batch_s)
+            self._wake.clear()
+            self._turn()
+        self._turn()
+        if self.waiting:
+            self._turn()  # by now in another file, if the first was damaged
+        self._disconnect()
+        if lost := self.waiting:
+            self._report(logging.ERROR, f"ledger_lost receipts={lost} path={self.path}")
+
+    def _turn(self) -> None:
+        """Write all that waits, and prune. Whatever goes wrong, serving goes on."""
+        with self._own:
+            self._try_to_write()
+
+    def _try_to_write(self) -> None:
+        try:
+            self._write_all()
+        except Exception as error:  # noqa: BLE001  a telemetry sink
+            self._disconnect()
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if code in _UNREADABLE:
+                self._set_aside(error)
+                return
+            if not code and not isinstance(error, OSError | ImportError | LedgerError):
+                self.dropped += len(self._batch)  # a bug: these receipts would only fail again
+                self._batch = []
+            self._failing(error)
+        else:
+            self.error = ""
+            if self._owes_news:
+                self._owes_news = False
+                self._report(logging.WARNING, f"ledger_recovered dropped={self.dropped}")
+
+    def _write_all(self) -> None:
+        if self._db and self._on_disk and not self._is_in_place():
+            self._disconnect()
+        db = self._db = self._db or self._connect()
+        while True:
+            while self._waiting and len(self._batch) < _BATCH_ROWS:
+                self._batch.append(self._waiting.popleft())
+            if self._batch:
+                db.execute("BEGIN IMMEDIATE")
+                for i in range(0, len(self._batch), _STATEMENT_ROWS):
+                    _insert(db, self._batch[i : i + _STATEMENT_ROWS])
+                db.execute("COMMIT")
+                self.written += len(self._batch)
+                self._batch = []
+            self._prune(db)
+            if not self._waiting:
+                break
+
+    def _prune(self, db: sqlite3.Connection) -> None:
+        """Remove some of what is too old: at once when there is more, else each hour."""
+        if not self._on_disk:
+            many = "rowid <= (SELECT max(rowid) FROM receipts) - ?"
+            db.execute(f"DELETE FROM receipts WHERE {many}", (_MEMORY_ROWS,))  # noqa: S608
+        now = self._clock()
+        if now >= self._prune_at and self._keep_days:
+            oldest = now // 10**6 - int(self._keep_days * _DAY_MS)
+            old = "SELECT rowid FROM receipts WHERE at < ? ORDER BY at LIMIT ?"
+            sql = f"DELETE FROM receipts WHERE rowid IN ({old})"  # noqa: S608
+            if db.execute(sql, (oldest, _PRUNE_ROWS)).rowcount < _PRUNE_ROWS:
+                self._prune_at = now + _PRUNE_EVERY_NS
+
+    def _connect(self) -> sqlite3.Connection:
+        import sqlite3
+
+        if self._on_disk:
+            folder = os.path.dirname(self.path)  # noqa: PTH120
+            if folder:
+                os.makedirs(folder, mode=0o700, exist_ok=True)  # noqa: PTH103
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)  # -wal and -shm get the same
+            self._inode = os.fstat(file).st_ino
+            os.close(file)
+        db = sqlite3.connect(
+            self.path if self._on_disk else ":memory:",
+            timeout=self._lock_s,
+            isolation_level=None,
+            check_same_thread=False,
+        )
+        try:
+            self._migrate(db)
+            db.execute("PRAGMA journal_mode=WAL")
+            db.execute("PRAGMA synchronous=NORMAL")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        if self._version(db) == len(self._migrations):
+            return
+        db.execute("BEGIN IMMEDIATE")  # another process may be at it
+        for statement in self._migrations[self._version(db) :]:
+            db.execute(statement)
+        db.execute(f"PRAGMA user_version={len(self._migrations)}")
+        db.execute("COMMIT")
+
+    def _version(self, db: sqlite3.Connection) -> int:
+        """How many migrations were run on a file. Raises LedgerError for more than we know."""
+        version: int = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(self._migrations):
+            said = f"{self.path} was written by a newer bitrouter (its version is {version}, known"
+            said += f" are those up to {len(self._migrations)}): update, or use another state.url"
+            raise LedgerError(said)
+        return version
+
+    def _is_in_place(self) -> bool:
+        """Whether the file that is open is still the one at its path."""
+        try:
+            return os.stat(self.path).st_ino == self._inode  # noqa: PTH116
+        except FileNotFoundError:
+            return False
+
+    def _disconnect(self) -> None:
+        db, self._db = self._db, None
+        if db:
+            db.close()
+
+    def _set_aside(self, error: Exception) -> None:
+        """Keep a file that is damaged for who wants to repair it, and begin another."""
+        aside = f"{self.path}.corrupt-{self._clock() // 10**9}"
+        if self._is_in_place():  # or else another process has done it
+            for suffix in ("-wal", "-shm", ""):
+                with suppress(FileNotFoundError):
+                    os.rename(self.path + suffix, aside + suffix)  # noqa: PTH104
+            self._report(logging.ERROR, f"ledger_corrupt error={error} kept={aside} begun=anew")
+
+    def _failing(self, error: Exception) -> None:
+        """Say so: when it begins, when it changes, and once a minute."""
+        text, now = str(error), time.monotonic()
+        if text != self._told or now - self._told_at >= _REMIND_S:
+            self._told, self._told_at, self._owes_news = text, now, True
+            facts = f"path={self.path} waiting={self.waiting} dropped={self.dropped}"
+            self._report(logging.ERROR, f"ledger_failing error={text!r} {facts}")
+        self.error = text
+
+
+def _insert(db: sqlite3.Connection, receipts: list[Receipt]) -> None:
+    """Many rows a statement: each one gives up the interpreter's lock and takes it again, which
+    costs as much as its row does and keeps the event loop waiting."""
+    values = [value for receipt in receipts for value in receipt_row(receipt)]
+    try:
+        db.execute(_insert_sql(len(receipts)), values)
+    except UnicodeEncodeError:  # half of a surrogate pair, from somebody's JSON
+        mended = [
+            value.encode(errors="replace").decode() if isinstance(value, str) else value
+            for value in values
+        ]
+        db.execute(_insert_sql(len(receipts)), mended)
+
+
+@functools.lru_cache(maxsize=_STATEMENT_ROWS)
+def _insert_sql(rows: int) -> str:
+    row = f"({', '.join('?' * len(RECEIPT_COLUMNS))})"
+    into = f"receipts ({', '.join(RECEIPT_COLUMNS)})"
+    return f"INSERT INTO {into} VALUES {', '.join([row] * rows)}"  # noqa: S608
+
+
+# In the order of USAGE_SUMS. Integers all, so that sums are exact.
+_SUMS = ", ".join(
+    (
+        "count(*), sum(status >= 400)",
+        *(f"sum({name})" for name in Usage._fields),
+        "sum(cost_nano), count(cost_nano), sum(cost_nano IS NULL AND input_tokens IS NOT NULL)",
+        "sum(ttft_us), count(ttft_us), sum(took_us)",
+    )
+)
+_GROUPS = {"tag": "tags", "day": f"at / {_DAY_MS}", "hour": "at / 3600000"}  # others: a column
+_CONDITIONS = {
+    "id": "id = ?",
+    "model": "(model = ? OR asked = ? OR provider || '/' || model = ?)",
+    "provider": "provider = ?",
+    "key": "key = ?",
+    "caller": "(caller = ? OR instr(caller, ? || '/') = 1)",  # with or without its version
+    "session": "session = ?",
+    "tag": "instr(tags, ?) > 0",
+    "status": "status BETWEEN ? AND ?",
+}
+
+
+def _condition(query: UsageQuery | RequestsQuery) -> tuple[str, tuple[str | int, ...]]:
+    """What comes after WHERE, and the values in it."""
+    clauses = ["at >= ?", "at < ?"]
+    values: list[str | int] = [query.since or 0, query.until]
+    for name, given in query.where:
+        condition = _CONDITIONS[name]
+        clauses.append(condition)
+        values += given * (condition.count("?") // len(given))
+    return " AND ".join(clauses), tuple(values)
+
+
+# ---------------------------------------------------------------------------------------------
+# 34. export: spans and metrics on their way to a collector
+# ---------------------------------------------------------------------------------------------
+# A request leaves what its spans are made of in a queue and goes on. They are encoded and sent in
+# batches, by a thread that nobody waits for when the process ends. A collector that is slow or
+# gone costs spans (the oldest first, and they are counted), never a request.
+
+_MOST_TRIES = 5
+_FIRST_PAUSE_S = 1.0
+_LAST_WORDS_S = 3.0  # for what is left when the process ends
+
+
+class Exporter:
+    """Sends a process's spans and metrics where the settings say.
+
+    Attributes:
+        sent, dropped: spans, and requests with metrics; dropped: by the queue or by the collector.
+        errors: signal -> what went wrong last; absent if all is well.
+    """
+
+    def __init__(self, settings: OtelSettings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.sent = Counter[str]()
+        self.dropped = Counter[str]()
+        self.errors: dict[str, str] = {}
+        self._metrics = metrics
+        self._queue: deque[tuple[Receipt, Pairs]] = deque()
+        self._spans = 0  # of the requests in the queue
+        self._full: asyncio.Event | None = None
+        self._began_ns = time.time_ns()
+
+    @property
+    def traces(self) -> bool:
+        return self.settings.traces is not None
+
+    @property
+    def waiting(self) -> int:
+        """Spans in the queue."""
+        return self._spans
+
+    def put(self, receipt: Receipt, content: Pairs) -> None:
+        """Export a request's spans, soon. content: as of spans_of."""
+        queue = self._queue
+        queue.append((receipt, content))
+        self._spans += 1 + len(receipt.tried)
+        while self._spans > self.settings.queue:
+            oldest, _ = queue.popleft()
+            lost = 1 + len(oldest.tried)
+            self._spans -= lost
+            self.dropped["traces"] += lost
+        if self._full and self._spans >= self.settings.batch:
+            self._full.set()
+
+    async def send_traces(self) -> None:
+        """For ever: whenever a batch is full, or has been gathered for long enough."""
+        self._full = asyncio.Event()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.settings.delay_s):
+                    await self._full.wait()
+            self._full.clear()
+            await self._send_queue()
+
+    async def send_metrics(self, refresh: Callable[[], None]) -> None:
+        """For ever. refresh: brings the gauges up to date."""
+        while True:
+            await asyncio.sleep(self.settings.metrics_interval_s)
+            refresh()
+            await self._send_metrics()
+
+    async def finish(self, refresh: Callable[[], None]) -> None:
+        """Send what is left, if that can be done in a moment."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._send_queue()
+                refresh()
+                await self._send_metrics()
+        self.dropped["traces"] += self._spans
+
+    def status(self) -> JsonObject:
+        """Where what goes, without headers."""
+        told: JsonObject = {}
+        for signal, where in (("traces", self.settings.traces), ("metrics", self.settings.metrics)):
+            told[signal] = where and {
+                "url": without_password(where.url),
+                "protocol": "http/json" if where.as_json else "http/protobuf",
+                "sent": self.sent[signal],
+                "dropped": self.dropped[signal],
+                "error": self.errors.get(signal),
+            }
+        return {**told, "waiting": self._spans, "sampler": self.settings.sampler}
+
+    async def _send_queue(self) -> None:
+        where = self.settings.traces
+        while where and self._queue:
+            batch: list[tuple[Receipt, Pairs]] = []
+            count = 0
+            while self._queue and (not batch or count < self.settings.batch):
+                batch.append(self._queue.popleft())
+                count += 1 + len(batch[-1][0].tried)
+            self._spans -= count
+            encode = encode_traces_json if where.as_json else encode_traces
+            spans = (span for one in batch for span in spans_of(*one))
+            await self._deliver(
+                "traces", where, partial(encode, self.settings.resource, spans), count
+            )
+
+    async def _send_metrics(self) -> None:
+        where = self.settings.metrics
+        if where:
+            encode = encode_metrics_json if where.as_json else encode_metrics
+            now = time.time_ns()
+            make = partial(encode, self.settings.resource, self._metrics, self._began_ns, now)
+            await self._deliver("metrics", where, make, 1)
+
+    async def _deliver(
+        self, signal: str, where: Exporting, encode: Callable[[], bytes], count: int
+    ) -> None:
+        """Send a batch, again if there is hope; otherwise it is dropped, and told."""
+        until = time.monotonic() + self.settings.batch_timeout_s
+        body = await _aside(lambda: _packed(where, encode()))
+        pause_s, said = _FIRST_PAUSE_S, ""
+        for tries in range(1, _MOST_TRIES + 1):
+            said, again_s = await _aside(lambda: post_otlp(where, body))
+            if not said:
+                self.errors.pop(signal, None)
+                self.sent[signal] += count
+                return
+            wait_s = pause_s * (0.5 + random.random() / 2) if again_s == 0.0 else again_s  # noqa: S311
+            if wait_s is None or tries == _MOST_TRIES or time.monotonic() + wait_s > until:
+                break
+            pause_s *= 2
+            await asyncio.sleep(wait_s)
+        self.dropped[signal] += count
+        if self.errors.get(signal) != said:
+            log.warning(
+                "export_failed signal=%s url=%s error=%s",
+                signal,
+                without_password(where.url),
+                said,
+            )
+        self.errors[signal] = said
+
+
+def post_otlp(where: Exporting, body: bytes) -> tuple[str, float | None]:
+    """Send one request to a collector, and wait for its answer. Blocks.
+
+    Returns:
+        what went wrong, or ""; and the seconds after which to try again: 0 for some, None for no
+        use.
+    """
+    import http.client
+    import urllib.error
+    import urllib.request
+
+    class NoRedirect(urllib.request.HTTPRedirectHandler):
+        def redirect_request(self, *_: Any, **__: Any) -> None:
+            """Headers with keys go to the place that was named, and to no other."""
+
+    kind = "application/json" if where.as_json else "application/x-protobuf"
+    headers = {name: value.reveal() for name, value in where.headers}
+    headers |= {"content-type": kind, "user-agent": f"bitrouter/{__version__}"}
+    if where.gzip:
+        headers["content-encoding"] = "gzip"
+    request = urllib.request.Request(where.url, body, headers, method="POST")  # noqa: S310
+    try:
+        opener = urllib.request.build_opener(NoRedirect)
+        with opener.open(request, timeout=where.timeout_s) as answer:
+            told = read_answer(
+                answer.status,
+                answer.headers.get("content-type", ""),
+                answer.read(_MOST_SAID),
+            )
+        if told.rejected:
+            return f"the collector rejected {told.rejected}: {told.message}", None
+    except urllib.error.HTTPError as error:
+        with error:
+            said = read_answer(
+                error.code, error.headers.get("content-type", ""), error.read(_MOST_SAID)
+            )
+        again_s = seconds_of(error.headers.get("retry-after", "")) or 0.0
+        retry = again_s if error.code in OTLP_RETRYABLE else None
+        return f"the collector answered {error.code}: {said.message or error.reason}", retry
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        return f"the collector cannot be reached: {reason}", 0.0
+    return "", None
+
+
+_MOST_SAID = 65_536
+
+
+def _packed(where: Exporting, body: bytes) -> bytes:
+    if not where.gzip:
+        return body
+    import gzip
+
+    return gzip.compress(body, 6, mtime=0)
+
+
+def without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """What blocks, in a thread that no process waits for at its end."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: Exception | None) -> None:
+        if not done.done():
+            done.set_exception(error) if error else done.set_result(cast(T, value))
+
+    def run() -> None:
+        value, failed = None, None
+        try:
+            value = work()
+        except Exception as error:  # noqa: BLE001  told to who waits
+            failed = error
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, value, failed)
+
+    threading.Thread(target=run, name="export", daemon=True).start()
+    return await done
+
+
+# ---------------------------------------------------------------------------------------------
+# 35. transport: the HTTP client: pool, TLS, proxies, deadlines
 # ---------------------------------------------------------------------------------------------
 # asyncio's protocols rather than its streams, on both sides, because measurement says so: with
 # streams every event of an upstream wakes a task (+6 us) and every TLS connection holds a buffer
@@ -15566,7 +19115,8 @@ class Sweeper:
         self._timer = loop.call_later(self.tick_s, self._sweep, loop)
         for thing in [thing for thing in self._watched if thing.deadline <= now]:
             try:
-                thing.expire(now)
+                if thing.deadline <= now:  # still, whatever the others before it have set going
+                    thing.expire(now)
             except Exception:  # one bug must not take everybody else's deadlines along
                 log.exception("deadline_failed")
                 self.forget(thing)
@@ -16144,6 +19694,23 @@ def _read_proxy(url: str) -> _Proxy:
     return _Proxy(parts.hostname, port, auth)
 
 
+class Signal(asyncio.Future[None]):
+    """A future that tells one listener at once, within `set_result`, and not in the loop's next
+    turn: whoever settles it does so last of all. For tasks it is a future like any other."""
+
+    listener: Callable[[asyncio.Future[Any]], None] | None = None
+
+    def set_result(self, result: None) -> None:
+        super().set_result(result)
+        if self.listener:
+            self.listener(self)
+
+    def set_exception(self, exception: type | BaseException) -> None:
+        super().set_exception(exception)
+        if self.listener:
+            self.listener(self)
+
+
 def fail_future(future: asyncio.Future[None], error: Exception) -> None:
     """Fail it, unless it is settled. Looked at here, for when nobody waits any more."""
     if not future.done():
@@ -16203,7 +19770,7 @@ def origin_of(base: str) -> tuple[Origin, str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 30. memory: what is kept of conversations, for a while (pure)
+# 36. memory: what is kept of conversations, for a while (pure)
 # ---------------------------------------------------------------------------------------------
 
 
@@ -16243,7 +19810,7 @@ class Memory:
 
 
 # ---------------------------------------------------------------------------------------------
-# 31. fetch: media at a URL, for targets that want the bytes
+# 37. fetch: media at a URL, for targets that want the bytes
 # ---------------------------------------------------------------------------------------------
 # A URL in a prompt is a stranger's wish that we connect somewhere. So: https alone, to addresses of
 # the public Internet alone, looked up once and then connected to as looked up; few redirects,
@@ -16427,7 +19994,7 @@ def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadReques
 
 
 # ---------------------------------------------------------------------------------------------
-# 32. runtime: App: everything a request needs
+# 38. runtime: App: everything a request needs
 # ---------------------------------------------------------------------------------------------
 
 
@@ -16444,7 +20011,11 @@ class App:
             the target that has its prompt cache warm, by its key.
         local: the providers that were found on this machine.
         reload: reads the configuration anew; None if there is nothing to read it from.
+        variables: the names of those of the environment that a reload may bring anew.
         may_fetch_from: whether media may be fetched from an address.
+        exporter: None if nothing is exported.
+        watchers: who is told of each request as it happens, as Server-Sent Events.
+        in_flight: requests to models that are being served.
         draining: no new requests; running ones finish.
     """
 
@@ -16465,6 +20036,7 @@ class App:
         self.health = Health(config.upstream.breaker)
         self.reloads = 0
         self.reload: Callable[[Mapping[str, str]], Awaitable[JsonObject]] | None = None
+        self.variables: Callable[[], Iterable[str]] = tuple
         self.router = Router(config, {})
         self.sweeper = Sweeper(tick_s)
         self.pool = Pool(self.sweeper, environ, config.upstream.timeouts.pool_idle_s)
@@ -16477,6 +20049,15 @@ class App:
         self.conversations = Memory(20_000, 20_000, 3600.0)
         self.may_fetch_from: Callable[[str], bool] = is_public
         self.draining = False
+        self.metrics = Metrics()
+        self.ledger = Ledger("memory:")
+        self.exporter: Exporter | None = None
+        self.watchers: set[Callable[[bytes], None]] = set()
+        self.in_flight = 0
+        self._booking = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._kept: tuple[Any, ...] = ()
+        self._exporting: list[asyncio.Task[None]] = []
         self._tasks: set[asyncio.Task[Any]] = set()
         self.configure(config)
 
@@ -16490,6 +20071,7 @@ class App:
         self.callers = caller_keys(config, self.environ)
         self.auth_required = auth_required(config)
         self.reroute()
+        self._configure_books()
         for ident, now in self.router.active.items():
             old = (
                 {one.label: one.api_key for one in before[ident].accounts}
@@ -16499,6 +20081,76 @@ class App:
             for account in now.accounts:
                 if old.get(account.label, account.api_key) != account.api_key:
                     self.health.forget(ident, account.label)
+
+    def keep_books(self) -> None:
+        """Begin to write receipts to disk and to export. Needs a running loop."""
+        self._booking, self._loop = True, asyncio.get_running_loop()
+        self.ledger.start()
+        self._start_exporting()
+
+    def _report(self, level: int, text: str) -> None:
+        """What the ledger's thread has to say."""
+        if self._booking and self._loop:
+            with suppress(RuntimeError):  # it has ended
+                self._loop.call_soon_threadsafe(log.log, level, text)
+
+    def _configure_books(self) -> None:
+        state, told = self.config.state, otel_of(self.config, self.environ)
+        self.warnings += told.warnings
+        wanted = (ledger_path(self.environ, state.url), state.keep_days)
+        if (before := self._kept) == (wanted, told):
+            return
+        self._kept = (wanted, told)
+        if not before or before[0] != wanted:
+            old, self.ledger = (
+                self.ledger,
+                Ledger(wanted[0], keep_days=state.keep_days, report=self._report),
+            )
+            if self._booking:
+                self.ledger.start()
+                self.spawn(asyncio.to_thread(old.close))
+        if not before or before[1] != told:
+            for task in self._exporting:
+                task.cancel()
+            old_one = self.exporter
+            self.exporter = Exporter(told, self.metrics) if told.traces or told.metrics else None
+            if self._booking:
+                self._start_exporting()
+                if old_one:
+                    self.spawn(old_one.finish(self.refresh_gauges))
+
+    def _start_exporting(self) -> None:
+        exporter, self._exporting = self.exporter, []
+        if exporter and exporter.settings.traces:
+            self._exporting.append(self.spawn(exporter.send_traces()))
+        if exporter and exporter.settings.metrics:
+            self._exporting.append(self.spawn(exporter.send_metrics(self.refresh_gauges)))
+
+    def refresh_gauges(self) -> None:
+        """Bring what is measured, and not counted, up to date."""
+        exporter, ledger = self.exporter, self.ledger
+        cooling = self.health.cooling(time.monotonic())
+        self.metrics.set("bitrouter.in_flight", {(): self.in_flight})
+        self.metrics.set("bitrouter.cooling", {(name,): s for name, s in cooling.items()})
+        self.metrics.set("bitrouter.loop_lag", {(): self.lag_s})
+        waiting: dict[Labels, float] = {("ledger",): ledger.waiting}
+        waiting["traces",] = exporter.waiting if exporter else 0
+        dropped: dict[Labels, float] = {("ledger",): ledger.dropped}
+        if exporter:
+            dropped |= {(signal,): count for signal, count in exporter.dropped.items()}
+        self.metrics.set("bitrouter.queue.length", waiting)
+        self.metrics.set("bitrouter.queue.dropped", dropped)
+
+    @property
+    def lag_s(self) -> float:
+        """How late the event loop is."""
+        sweeper = self.sweeper
+        return max(0.0, sweeper.lag_s, time.monotonic() - sweeper.now - sweeper.tick_s)
+
+    def tell_watchers(self, event: str, facts: JsonObject) -> None:
+        told = sse_encode(compact(facts), event)
+        for watcher in tuple(self.watchers):
+            watcher(told)
 
     def reroute(self) -> None:
         """Resolve anew: by the configuration, and by what was found on this machine."""
@@ -16533,6 +20185,11 @@ class App:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._booking:
+            self._booking = False
+            if self.exporter:
+                await self.exporter.finish(self.refresh_gauges)
+            await asyncio.to_thread(self.ledger.close)
         self.sweeper.stop()
         self.pool.close()
 
@@ -16602,15 +20259,33 @@ class Errand:
             return
         # The handshake between a future and who awaits it, as asyncio.Task does it.
         step._asyncio_future_blocking = False  # noqa: SLF001
-        step.add_done_callback(self._go_on)
         self._waiting_for = step
+        if isinstance(step, Signal):
+            step.listener = self._go_on
+        else:
+            step.add_done_callback(self._go_on)
         if self._cancelled:  # while it ran
             self.cancel()
+
+
+def otel_of(config: Config, environ: Mapping[str, str]) -> OtelSettings:
+    """What is exported, by the configuration and the environment."""
+    broken = [why for (section, _), why in config.broken.items() if section == "otel"]
+    section: JsonObject = {}
+    for spec in fields(Otel):
+        value = getattr(config.otel, spec.name)
+        if value not in (None, "", {}) and value is not True:
+            section[spec.name] = value
+    if broken:  # with a part of it missing, a key might go to the wrong place
+        section, environ = {}, {}
+    told = otel_settings(environ, section, {"service.version": __version__})
+    return told._replace(warnings=(*told.warnings, *(f"otel is off: {why}" for why in broken)))
 
 
 def _secrets(config: Config, active: Mapping[str, ActiveProvider]) -> Iterator[Secret]:
     """All that must not be seen in a log."""
     yield from (key.key for key in config.keys.values())
+    yield from config.otel.headers.values()
     shapings: list[Shaping] = [*config.providers.values(), *config.presets.values()]
     shapings += [one for provider in config.providers.values() for one in provider.models]
     shapings += [*config.models.values()]
@@ -16636,7 +20311,7 @@ def auth_required(config: Config) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# 33. callers: connections from callers
+# 39. callers: connections from callers
 # ---------------------------------------------------------------------------------------------
 # A connection assembles one whole request, then one coroutine serves it: the handler. While it
 # runs we go on reading, for that is how we learn that the caller hung up; what a caller sends
@@ -16702,8 +20377,10 @@ class Reply:
 
     def send(self, status: int, body: bytes, headers: Headers = {}) -> None:  # noqa: B006
         """Answer whole."""
-        sized = {"content-length": str(len(body))} if body or status != 204 else {}
-        head = self._head(status, {**headers, **sized})
+        more = dict(headers)
+        if body or status != 204:
+            more["content-length"] = str(len(body))
+        head = self._head(status, more)
         self.ended = True
         self._connection.write(head + body if self._body_wanted else head)
 
@@ -16746,11 +20423,12 @@ class Reply:
             return data
         return b"%x\r\n%b\r\n" % (len(data), data)
 
-    def _head(self, status: int, headers: Headers) -> bytes:
+    def _head(self, status: int, more: Headers) -> bytes:
+        """more: the headers; ours are added to them."""
         self.status = status
         if self._connection.app.draining:
             self.keep_alive = False
-        more = {**headers, **self.extra}
+        more |= self.extra
         if not self.keep_alive or self._minor == 0:
             more["connection"] = "keep-alive" if self.keep_alive else "close"
         return render_head(f"HTTP/1.1 {status} {REASONS.get(status, 'Status')}", more)
@@ -17095,7 +20773,7 @@ def _body_error(message: str) -> BitrouterError:
 
 
 # ---------------------------------------------------------------------------------------------
-# 34. exchange: one request to one target, and its answer on its way to the caller
+# 40. exchange: one request to one target, and its answer on its way to the caller
 # ---------------------------------------------------------------------------------------------
 # A target that speaks the caller's protocol gets the caller's bytes, but for model, key and usage,
 # and its answer goes back as it is. For any other target the request is read once, adapted and
@@ -17161,6 +20839,14 @@ class Call:
         target: who is being asked, or who answered.
         losses: what the request to that target, and its answer, could not carry.
         broke: the answer had begun when this went wrong.
+        at: when it came, milliseconds since 1970.
+        tried: what became of each attempt, in the order in which they began; both of a race's.
+        upstream_s: seconds that providers were waited for, up to when the last one was heard out.
+        finish, answer_id: as in StreamState.
+        events: what the answer seems to have had of tokens, if nobody says.
+        trace: where its spans belong; None if there are none.
+        records: what is said is wanted for them; `said` is the answer then.
+        key: the name of the key of ours that it came with.
     """
 
     id: str
@@ -17204,9 +20890,60 @@ class Call:
     losses: Losses = field(default_factory=Losses)
     first_at: float | None = None
     usage: Usage | None = None
-    cost_usd: float | None = None
+    cost_nano: int | None = None
     broke: BitrouterError | None = None
+    at: int = 0
+    tried: list[Tried | None] = field(default_factory=list)
+    upstream_s: float = 0.0
+    heard_at: float = 0.0
+    finish: str = ""
+    answer_id: str = ""
+    events: int = 0
+    trace: TraceContext | None = None
+    records: bool = False
+    said: list[Choice] = field(default_factory=list)
+    key: str = ""
     _prompt: Prompt | None = None
+
+    @property
+    def attempts_made(self) -> int:
+        return self.race.asked if self.race else self.attempts
+
+    def begin(self, target: Target) -> int:
+        """Count an attempt. Returns its place in `tried`."""
+        self.target = target
+        self.attempts += 1
+        if self.race:
+            self.race.asked += 1
+        self.tried.append(None)
+        return len(self.tried) - 1
+
+    def end(self, n: int, began_at: float, error: BitrouterError | None) -> None:
+        """Note what became of an attempt, unless that is known."""
+        target = self.target
+        if target is None or self.tried[n] is not None:
+            return
+        error = error or self.broke
+        where = origin_of(target.base)[0] if target.base else Origin("", 0, tls=False)
+        self.tried[n] = Tried(
+            target.provider,
+            target.model,
+            target.account,
+            target.protocol,
+            where.host,
+            where.port,
+            began_at - self.started_at,
+            time.monotonic() - began_at,
+            error.status if error else 200,
+            error.code if error else "",
+        )
+
+    def hear(self, value: JsonObject) -> None:
+        """Note what an answer says of itself."""
+        finish = dig(value, "choices", 0, "finish_reason") or value.get("stop_reason")
+        finish = finish or dig(value, "candidates", 0, "finishReason") or value.get("status")
+        self.finish = str(finish or "")
+        self.answer_id = str(value.get("id") or value.get("responseId") or "")
 
     @property
     def codec(self) -> Codec:
@@ -17217,6 +20954,10 @@ class Call:
         """US dollars, if the target's prices are known."""
         cost = cost_nanousd(usage, self.target.price) if self.target else None
         return None if cost is None else cost / 1e9
+
+    @property
+    def cost_usd(self) -> float | None:
+        return None if self.cost_nano is None else self.cost_nano / 1e9
 
     @property
     def prompt(self) -> Prompt:
@@ -17273,8 +21014,8 @@ class Call:
     def book(self, usage: Usage | None) -> None:
         """Note what was used, and what it cost if that is known."""
         self.usage = usage
-        if usage is not None:
-            self.cost_usd = self.cost_of(usage)
+        if usage is not None and self.target is not None:
+            self.cost_nano = cost_nanousd(usage, self.target.price)
 
 
 def _bridged_codec(call: Call, codec: Codec) -> Codec:
@@ -17316,14 +21057,16 @@ class Race:
     Attributes:
         leader: the attempt that began first.
         second: the other one runs.
+        asked: how many attempts both have made.
     """
 
-    __slots__ = ("leader", "on_won", "second", "winner")
+    __slots__ = ("asked", "leader", "on_won", "second", "winner")
 
     def __init__(self, leader: Call, on_won: Callable[[Call], None]) -> None:
         self.leader = leader
         self.winner: Call | None = None
         self.second = False
+        self.asked = 0
         self.on_won = on_won
 
     def won_by(self, call: Call) -> bool:
@@ -17368,6 +21111,8 @@ async def exchange(app: App, call: Call, reply: Reply, target: Target) -> None:
     while translation.paused:
         outgoing = _resumed(call, target, outgoing, translation)
         await _go_on(app, call, reply, target, outgoing)
+    if call.records:
+        call.said = translation.choices()
     if call.broke is None:
         _remember(app, call, translation)
 
@@ -17408,6 +21153,16 @@ async def _send(
     fresh: bool = False,
 ) -> None:
     """Send a request, and wait until its sink has had all of the answer."""
+    asked_at, call.heard_at = time.monotonic(), 0.0
+    try:
+        await _send_and_hear(app, call, reply, target, outgoing, fresh=fresh)
+    finally:
+        call.upstream_s += (call.heard_at or time.monotonic()) - asked_at
+
+
+async def _send_and_hear(
+    app: App, call: Call, reply: Reply, target: Target, outgoing: _Outgoing, *, fresh: bool
+) -> None:
     origin, _ = origin_of(target.base)
     connection = await app.pool.lend(target.name, origin, target.timeouts.connect_s, fresh=fresh)
     sink = _sink_for(call, reply, target, connection, outgoing.translation)
@@ -17446,8 +21201,8 @@ def _sink_for(
         return _RawSink(call, reply, target, connection)
     if call.stream:
         return _StreamSink(call, reply, target, connection, translation)
-    done = connection.loop.create_future()
-    return Collector(done, functools.partial(_answer, call, reply, target, translation))
+    done = Signal(loop=connection.loop)
+    return Collector(done, partial(_answer, call, reply, target, translation))
 
 
 def _request(
@@ -17457,33 +21212,46 @@ def _request(
     _, path = origin_of(target.base)
     if "{model}" in suffix:
         suffix = suffix.replace("{model}", quote(target.model, safe="/-._~:@"))
+    if "?" in target.base:
+        query = "&".join(filter(None, (query, urlsplit(target.base).query)))
     query = f"?{query}" if query else ""
     edits, headers = call.own_edits(target) if call.bridge else ((), {})
     # Edits are for what generates; for embeddings only where an endpoint of the file asks for it.
     if call.op.generates or (call.op.embeds and target.virtual):
         body = finished(body, target, edits) if content_type == "application/json" else body
     lines = [f"POST {path}{suffix}{query} HTTP/1.1\r\n", target.head.reveal()]
+    given, drop = call.headers, target.shape.drop
     own_protocol = target.protocol is call.op.protocol
-    for name, value in call.headers.items():
-        by_prefix = own_protocol and name.startswith(_FORWARDED_PREFIXES)
-        if by_prefix and _CREDENTIAL.search(name):
+    for name in _forwarded(tuple(given), own_protocol):
+        if name in target.headers or name in drop or name in call.withheld or name in headers:
             continue
-        if (by_prefix or name in _FORWARDED) and name not in target.headers:
-            if name in target.shape.drop or name in call.withheld or name in headers:
-                continue
-            lines.append(f"{name}: {value}\r\n")
+        if call.trace and name in TRACE_HEADERS:
+            continue
+        lines.append(f"{name}: {given[name]}\r\n")
     lines += [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
-    given = (own_protocol and "anthropic-version" in call.headers) or (
-        "anthropic-version" in target.headers
-    )
-    given = given or "anthropic-version" in target.shape.drop
-    if target.protocol is ApiProtocol.MESSAGES and not given:
-        lines.append(f"anthropic-version: {_ANTHROPIC_VERSION}\r\n")
+    if call.trace:
+        told = call.trace.headers(given, max(0, len(call.tried) - 1))
+        lines += [f"{name}: {value}\r\n" for name, value in told.items()]
+    if target.protocol is ApiProtocol.MESSAGES:
+        named = own_protocol and "anthropic-version" in given
+        if not (named or "anthropic-version" in target.headers or "anthropic-version" in drop):
+            lines.append(f"anthropic-version: {_ANTHROPIC_VERSION}\r\n")
     lines.append(
         f"content-type: {content_type}\r\naccept-encoding: identity\r\n"
         f"x-bitrouter-request-id: {call.id}\r\ncontent-length: {len(body)}\r\n\r\n"
     )
     return "".join(lines).encode("latin-1", "replace") + body
+
+
+@functools.lru_cache(maxsize=128)  # a client sends the same names with every request
+def _forwarded(names: tuple[str, ...], own_protocol: bool) -> tuple[str, ...]:
+    """Which of a caller's headers travel on."""
+    by_prefix = _FORWARDED_PREFIXES if own_protocol else ()
+    return tuple(
+        name
+        for name in names
+        if name in _FORWARDED or (name.startswith(by_prefix) and not _CREDENTIAL.search(name))
+    )
 
 
 def _body_for(app: App, call: Call, target: Target) -> tuple[bytes, str]:
@@ -17606,7 +21374,7 @@ def _written(
     for name in refused_by(app, target):
         if body.pop(name, None) is not None:
             losses.add("refused_by_model", name)
-    _refuse_losses(call, losses)
+    _refuse_losses(call, target, losses)
     op, query = GENERATE[protocol], ""
     if protocol is ApiProtocol.GENERATE_CONTENT and prompt.stream:
         op, query = GEMINI_VERBS["streamGenerateContent"], "alt=sse"
@@ -17614,10 +21382,8 @@ def _written(
     return _Outgoing(raw, _translation(app, call, target, undo, count), body, count)
 
 
-def preview(app: App, call: Call, target: Target) -> bytes:
-    """The request that a target would get; what it would lose is in the call's losses. Opens no
-    socket: media at a URL stay where they are. Raises BitrouterError."""
-    call.take_shape(target.shape)
+def first_request(app: App, call: Call, target: Target) -> bytes:
+    """What `exchange` would send, but for media that it would fetch. Raises BitrouterError."""
     if call.translates(target) and call.op.translates:
         return _written(app, call, target, *_adapted(app, call, target)).raw
     return _untranslated(app, call, target).raw
@@ -17633,9 +21399,9 @@ _MAKE_MANY = (ApiProtocol.CHAT_COMPLETIONS, ApiProtocol.GENERATE_CONTENT)
 _MAX_FAN_OUT = 8
 
 
-def _refuse_losses(call: Call, losses: Losses) -> None:
+def _refuse_losses(call: Call, target: Target, losses: Losses) -> None:
     harmful = [loss for loss in losses.found if loss.harmful]
-    if (call.strict or call.wishes.require_parameters) and harmful:
+    if (call.strict or target.exacting) and harmful:
         loss = harmful[0]
         raise UpstreamUnfit(
             f"{loss.field}: the model's provider cannot have it ({loss.code}), and "
@@ -17654,7 +21420,7 @@ def _translation(app: App, call: Call, target: Target, undo: Undo, times: int) -
         undo,
         AnswerLabel(app.new_id(), time.time_ns() // 10**9, target.model, size_of(call.prompt) // 4),
         target.traits.vendor,
-        functools.partial(_told_in_band, target),
+        partial(_told_in_band, target),
         as_array=call.as_array,
         **({} if times == 1 else {"pauses": 0}),
     )
@@ -17760,6 +21526,7 @@ async def ask(app: App, call: Call, target: Target, raw: bytes) -> JsonObject:
         answers.append(_read_answer(call, target, body))
 
     origin, _ = origin_of(target.base)
+    asked_at = time.monotonic()
     connection = await app.pool.lend(target.name, origin, target.timeouts.connect_s)
     sink = Collector(connection.loop.create_future(), use)
     _set_deadlines(connection, target.timeouts, stream=False)
@@ -17771,6 +21538,8 @@ async def ask(app: App, call: Call, target: Target, raw: bytes) -> JsonObject:
     except BaseException:
         connection.give_up(sink)
         raise
+    finally:
+        call.upstream_s += time.monotonic() - asked_at
     return answers[0]
 
 
@@ -17793,9 +21562,11 @@ def _answer(
     """Pass a whole answer on, or raise what is wrong with it."""
     if not 200 <= head.status < 300:
         raise _refusal(call, target, head, body)
+    call.heard_at = time.monotonic()
     value = _read_answer(call, target, body)
     if lost := lost_race(call):
         raise lost
+    call.hear(value)
     headers = _answer_headers(call, target, head)
     if translation:
         translation.take_whole(value)
@@ -17807,6 +21578,10 @@ def _answer(
         call.book(translation.state.usage)
     else:
         call.book(call.codec.usage(value))
+        if call.records:
+            call.said = _choices_of(call, target, value)
+        if call.usage is None and call.op.generates:
+            call.events = needs_of({"messages": [value]}).tokens
         if call.bridge:
             body = compact(_with_wanted(call.codec.mend(StreamState(), value) or value, call, body))
         elif call.op.translates and b'"tool_calls"' in body:
@@ -17815,6 +21590,24 @@ def _answer(
     headers |= _cost_header(call)
     call.first_at = time.monotonic()
     reply.send(head.status, body, headers)
+
+
+def _recorder(call: Call, target: Target) -> Translation:
+    """What makes out what was said in an answer in the caller's own protocol; or a stream of it."""
+    label = AnswerLabel(call.id, time.time_ns() // 10**9, target.model)
+    codec, vendor = CODECS[target.protocol], target.traits.vendor
+    explain = partial(_told_in_band, target)
+    return Translation(
+        codec, call.codec, call.prompt, Undo(), label, vendor, explain, as_array=call.as_array
+    )
+
+
+def _choices_of(call: Call, target: Target, value: JsonObject) -> list[Choice]:
+    with suppress(BitrouterError):
+        recorder = _recorder(call, target)
+        recorder.take_whole(value)
+        return recorder.choices()
+    return []
 
 
 def _with_wanted(value: JsonObject, call: Call, raw: bytes) -> JsonObject:
@@ -17915,18 +21708,19 @@ def _stream_headers(call: Call) -> Headers:
 
 def returned_headers(headers: Headers) -> Headers:
     """Those of a provider's headers that concern the caller."""
-    return {
-        name: value
-        for name, value in headers.items()
-        if name in _RETURNED or name.startswith(_RETURNED_PREFIXES)
-    }
+    return {name: headers[name] for name in _returned(tuple(headers))}
+
+
+@functools.lru_cache(maxsize=128)
+def _returned(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if name in _RETURNED or name.startswith(_RETURNED_PREFIXES))
 
 
 def served_by(call: Call, target: Target) -> Headers:
     return {
         "x-bitrouter-provider": target.provider,
         "x-bitrouter-model": printable(target.model),
-        "x-bitrouter-attempts": str(call.attempts),
+        "x-bitrouter-attempts": str(call.attempts_made),
         **(told_of_the_choice(call) if call.skipped or call.explained else {}),
     }
 
@@ -17963,7 +21757,7 @@ class _StreamSink:
         connection: Connection,
         translation: Translation | None,
     ) -> None:
-        self.done: asyncio.Future[None] = connection.loop.create_future()
+        self.done = Signal(loop=connection.loop)
         self._call = call
         self._reply = reply
         self._target = target
@@ -17976,6 +21770,7 @@ class _StreamSink:
         self._head: ResponseHead | None = None
         self._refused: list[bytes] | None = None  # the body of a response that is no stream
         self._refused_bytes = 0
+        self._recorder: Translation | None = None
         self._open = bool(reply.status)  # already, if the model has paused in its answer
         if self._open:
             reply.on_flow = connection.follow
@@ -17995,6 +21790,8 @@ class _StreamSink:
             if self._refused_bytes <= (_MAX_WHOLE_BYTES if ok else _MAX_ERROR_BYTES):
                 self._refused.append(data)
             return
+        if self._call.records and self._translation is None:
+            self._record(data)
         self._pass_on(self._relay.feed(data))
         if self._relay.over:
             self._end_early()
@@ -18046,7 +21843,12 @@ class _StreamSink:
     def book(self) -> None:
         """Note what has been used so far, when the caller has gone."""
         self._relay.settle()
-        self._call.book(self._relay.state.usage)
+        self._note()
+
+    def _note(self) -> None:
+        call, state = self._call, self._relay.state
+        call.book(state.usage)
+        call.finish, call.answer_id, call.events = state.finish, state.answer_id, state.events
 
     def on_fail(self, error: UpstreamError) -> None:
         if self._open and self._relay.state.finished:
@@ -18089,7 +21891,7 @@ class _StreamSink:
 
     def _finish(self, error: UpstreamError | None) -> None:
         self._reply.on_flow = None
-        self._call.book(self._relay.state.usage)
+        self._note()
         self._call.broke = error
         self._reply.end()
         self._connection.detach()
@@ -18105,7 +21907,7 @@ class _StreamSink:
             if not self._call.op.translates:
                 said = f"{self._target.name} answered a request for a stream with a whole answer"
                 raise UpstreamGarbled(said)
-            translation = self._as_stream()
+            translation = _recorder(self._call, self._target)
         out = translation.whole_as_stream(value)
         self._relay = translation
         if self._open:
@@ -18119,28 +21921,19 @@ class _StreamSink:
         else:
             self._finish(None)
 
-    def _as_stream(self) -> Translation:
-        """What makes a stream of an answer in the caller's own protocol."""
-        call, target = self._call, self._target
-        label = AnswerLabel(call.id, time.time_ns() // 10**9, target.model)
-        explain = functools.partial(_told_in_band, target)
-        return Translation(
-            self._codec,
-            self._codec,
-            call.prompt,
-            Undo(),
-            label,
-            target.traits.vendor,
-            explain,
-            as_array=call.as_array,
-        )
+    def _record(self, data: bytes) -> None:
+        with suppress(BitrouterError):
+            if self._recorder is None:
+                self._recorder = _recorder(self._call, self._target)
+            self._recorder.feed(data)
+            self._call.said = self._recorder.choices()
 
 
 class _RawSink:
     """A sink that passes whatever comes to the caller, if the provider said yes."""
 
     def __init__(self, call: Call, reply: Reply, target: Target, connection: Connection) -> None:
-        self.done: asyncio.Future[None] = connection.loop.create_future()
+        self.done = Signal(loop=connection.loop)
         self._call = call
         self._reply = reply
         self._target = target
@@ -18189,14 +21982,14 @@ class _RawSink:
         if self._reply.status and not self.done.done():
             self._reply.on_flow = None
             self._call.broke = error
-            self.done.set_result(None)
             self._reply.cut()
+            self.done.set_result(None)
         else:
             fail_future(self.done, error)
 
 
 # ---------------------------------------------------------------------------------------------
-# 35. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
+# 41. side: what is asked of models besides answers: counts of tokens, embeddings, the echo
 # ---------------------------------------------------------------------------------------------
 
 
@@ -18214,9 +22007,9 @@ async def count_tokens(
     """
     for target in app.health.order(chain, time.monotonic()):
         call.target = target
-        call.attempts += 1
         if target.provider == "echo" or target.protocol not in COUNT_SUFFIXES:
             continue
+        n, began_at = call.begin(target), time.monotonic()
         try:
             target = call.target = prepared(app, call, target)
             if target.protocol is call.op.protocol:
@@ -18224,6 +22017,7 @@ async def count_tokens(
                 return
             count = await _counted_there(app, call, target)
         except UpstreamError as error:
+            call.end(n, began_at, error)
             if error.status in _ABOUT_THE_PROMPT:
                 raise
             log.info("tokens_not_counted target=%s reason=%s", target.name, error.message)
@@ -18231,6 +22025,8 @@ async def count_tokens(
             headers = JSON_HEADERS | served_by(call, target)
             reply.send(200, compact(_rendered_count(call, count)), headers)
             return
+        finally:
+            call.end(n, began_at, None)
     call.losses.add("estimated", "input_tokens", harmful=False)
     count = -(-size_of(_prompt_to_count(call)) // 4)
     headers = JSON_HEADERS | served_by(call, call.target or chain[0]) | _estimated()
@@ -18253,6 +22049,14 @@ def _prompt_to_count(call: Call) -> Prompt:
 
 
 async def _counted_there(app: App, call: Call, target: Target) -> int:
+    value = await ask(app, call, target, _count_request(call, target))
+    count = value.get("totalTokens", value.get("input_tokens"))
+    if not whole(count):
+        raise UpstreamGarbled(f"{target.name} answered 200 without a count")
+    return whole(count)
+
+
+def _count_request(call: Call, target: Target) -> bytes:
     prompt, protocol = _prompt_to_count(call), target.protocol
     if protocol is ApiProtocol.RESPONSES and not target.traits.official:
         raise UpstreamGarbled("of those who speak Responses, only OpenAI itself counts tokens")
@@ -18263,12 +22067,7 @@ async def _counted_there(app: App, call: Call, target: Target) -> int:
         body.pop(name, None)
     if protocol is ApiProtocol.GENERATE_CONTENT:
         body = {"generateContentRequest": {"model": f"models/{target.model}", **body}}
-    raw = request_to(call, target, COUNT_SUFFIXES[protocol], body)
-    value = await ask(app, call, target, raw)
-    count = value.get("totalTokens", value.get("input_tokens"))
-    if not whole(count):
-        raise UpstreamGarbled(f"{target.name} answered 200 without a count")
-    return whole(count)
+    return request_to(call, target, COUNT_SUFFIXES[protocol], body)
 
 
 def _rendered_count(call: Call, count: int) -> JsonObject:
@@ -18283,13 +22082,8 @@ def _rendered_count(call: Call, count: int) -> JsonObject:
 async def embed(app: App, call: Call, reply: Reply, target: Target) -> None:
     """Embed texts at a provider that spells it the other way. Raises UpstreamError."""
     body = call.document.value if call.document else {}
-    if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
-        texts, asked = embeddings_for_openai(body, target.model)
-        suffix = "/embeddings"
-    else:
-        texts, asked = embeddings_for_gemini(body, target.model)
-        suffix = "/models/{model}:batchEmbedContents"
-    value = await ask(app, call, target, request_to(call, target, suffix, asked))
+    texts, raw = _embedding_request(call, target)
+    value = await ask(app, call, target, raw)
     found = as_list(value.get("embeddings", value.get("data")))
     if len(found) != len(texts) or not all(isinstance(one, dict) for one in found):
         said = f"{target.name} answered with {len(found)} vectors for {len(texts)} texts"
@@ -18305,6 +22099,28 @@ async def embed(app: App, call: Call, reply: Reply, target: Target) -> None:
         raise UpstreamGarbled(f"{target.name} answered with vectors that hold no numbers") from None
     call.first_at = time.monotonic()
     reply.send(200, compact(answer), JSON_HEADERS | served_by(call, target))
+
+
+def _embedding_request(call: Call, target: Target) -> tuple[list[str], bytes]:
+    body = call.document.value if call.document else {}
+    if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
+        texts, asked = embeddings_for_openai(body, target.model)
+        return texts, request_to(call, target, "/embeddings", asked)
+    texts, asked = embeddings_for_gemini(body, target.model)
+    return texts, request_to(call, target, "/models/{model}:batchEmbedContents", asked)
+
+
+def preview(app: App, call: Call, target: Target) -> bytes:
+    """The request that a target would get; what it would lose is in the call's losses. Opens no
+    socket: media at a URL stay where they are. Raises BitrouterError."""
+    call.take_shape(target.shape)
+    if call.op.embeds and call.translates(target):
+        return _embedding_request(call, target)[1]
+    if call.op.counts and target.protocol not in COUNT_SUFFIXES:
+        raise UpstreamUnfit(f"{target.name} counts no tokens: nothing is sent, they are estimated")
+    if call.op.counts and target.protocol is not call.op.protocol:
+        return _count_request(call, target)
+    return first_request(app, call, target)
 
 
 async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
@@ -18340,7 +22156,7 @@ async def echo(app: App, call: Call, reply: Reply, target: Target) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 36. attempts: the loop of retries and fallbacks
+# 42. attempts: the loop of retries and fallbacks
 # ---------------------------------------------------------------------------------------------
 # For each target of the chain, in order: send; on a failure that another try may mend, wait a
 # little and try the same target again, or go on to the next. Once something has reached the
@@ -18374,6 +22190,8 @@ async def _in_turn(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]
                 waits.append(wait_s)
                 break
             asked += 1
+            if app.writer.level <= logging.DEBUG:
+                _note_attempt(app, call, target)
             error = await _attempt(app, call, reply, target)
             if error is None:
                 return
@@ -18392,6 +22210,12 @@ async def _in_turn(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]
             f"all that could serve this is over its limit: {told}", retry_after_s=min(waits)
         )
     raise _sum_up(call)
+
+
+def _note_attempt(app: App, call: Call, target: Target) -> None:
+    facts = {"id": call.id, "target": target.label}
+    facts |= {"protocol": target.protocol, "base": target.base}
+    app.writer.event("attempt", facts, level="debug")
 
 
 def _take(app: App, call: Call, target: Target) -> float:
@@ -18482,8 +22306,27 @@ def _adopt(call: Call, winner: Call) -> None:
 
 async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
     """Try one target once. The caller has its answer, or nothing at all and we have an error."""
-    call.attempts += 1
-    call.target = target
+    n, began_at = call.begin(target), time.monotonic()
+    ended: BitrouterError | None = _CUT_OFF
+    try:
+        ended = error = await _try(app, call, reply, target)
+    except BitrouterError as exc:
+        ended = exc
+        raise
+    finally:
+        call.end(n, began_at, ended)
+    asked = call.target or target
+    if error and (
+        _refuses_usage_option(app, call, asked, error) or _learned(app, call, asked, error)
+    ):
+        return await _attempt(app, call, reply, target)
+    return error
+
+
+_CUT_OFF = CallerGone("the attempt was given up")
+
+
+async def _try(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
     try:
         target = call.target = _prepared(app, call, target)
     except UpstreamUnfit as error:
@@ -18502,8 +22345,6 @@ async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> Upstre
             _blame(app, target, error)
         elif probes:
             app.health.abandoned(target)
-        if _refuses_usage_option(app, call, target, error) or _learned(app, call, target, error):
-            return await _attempt(app, call, reply, target)
         return error
     except BaseException:
         if probes:
@@ -18526,6 +22367,9 @@ def _note_loss(app: App, call: Call, target: Target, started_at: float) -> None:
     if call.race and call.race.leader is call and call.race.winner not in (None, call):
         now = time.monotonic()
         app.health.meter.answered(target, call.stream, now - started_at, None, now)
+        if app.health.lost(target, started_at, now):
+            said = f"{target.name} has answered nothing for {target.timeouts.first_token_s:g} s"
+            _blame(app, target, UpstreamTimeout(said))
 
 
 async def _echoed(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
@@ -18562,7 +22406,7 @@ def _blame(app: App, target: Target, error: UpstreamError) -> None:
         return  # one caller's key says nothing about the next one's
     app.health.meter.failed(target, now)
     if app.health.failed(target, error, now):
-        facts = {"target": f"{target.name}/{printable(target.model)}"}
+        facts = {"target": target.label}
         cooling_s = round(app.health.cooling_s(target, now), 1)
         app.writer.event("cooling", {**facts, "seconds": cooling_s, "code": error.code})
 
@@ -18575,7 +22419,7 @@ def _credit(app: App, call: Call, target: Target, started_at: float) -> None:
     if not call.op.generates:
         return
     if app.health.succeeded(target):
-        app.writer.event("recovered", {"target": f"{target.name}/{printable(target.model)}"})
+        app.writer.event("recovered", {"target": target.label})
     if target.limits and usage and call.needs:
         more = usage.input_tokens + usage.output_tokens - call.needs.tokens
         app.health.limits.settle(target, more, call.taken_at, now)
@@ -18596,7 +22440,7 @@ def _credit(app: App, call: Call, target: Target, started_at: float) -> None:
 
 def _names_its_session(call: Call) -> bool:
     body = call.given.value if call.given else {}
-    return is_named_session(call.headers, body)
+    return bool(session_name(call.headers, body))
 
 
 _LEAST_CACHED = 1024  # tokens; shorter prompts are cached nowhere
@@ -18705,7 +22549,7 @@ def _note_failure(app: App, call: Call, error: UpstreamError, then: str) -> None
     facts = {
         "id": call.id,
         "attempt": call.attempts,
-        "target": f"{target.name}/{printable(target.model)}",
+        "target": target.label,
         "status": error.status,
         "code": error.code,
         "then": then,
@@ -18758,7 +22602,7 @@ def _counted(messages: list[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------
-# 37. explain: whom a request goes to, and why
+# 43. explain: whom a request goes to, and why
 # ---------------------------------------------------------------------------------------------
 
 
@@ -18901,7 +22745,335 @@ def _fits(facts: JsonObject) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------
-# 38. pipeline: one request's life; the handlers
+# 44. booking: what is written down of a request: its line, its receipt, its spans
+# ---------------------------------------------------------------------------------------------
+def book(app: App, call: Call, reply: Reply, error: BitrouterError | None) -> None:
+    """Keep what is known of a request to a model, now that it is over."""
+    receipt = receipt_for(call, reply.status, error)
+    app.metrics.take(receipt)
+    app.ledger.put(receipt)
+    exporter = app.exporter
+    if call.trace and call.trace.sampled and exporter and exporter.traces:
+        content: Pairs = ()
+        if call.records:
+            content = _content(call, exporter.settings.content_max_bytes, app.writer.redact)
+        exporter.put(receipt, content)
+    if app.watchers:
+        app.tell_watchers("request", receipt_json(receipt))
+
+
+def receipt_for(call: Call, status: int, error: BitrouterError | None) -> Receipt:
+    """status: of the answer that the caller got."""
+    target = call.target if call.first_at is not None else None
+    usage, cost, estimated = _used(call)
+    headers, trace = call.headers, call.trace
+    return Receipt(
+        call.id,
+        call.at,
+        call.op.protocol if call.op.translates else call.op.name,
+        headers.get("user-agent", "")[:64].partition(" ")[0],
+        call.key,
+        call.model[:_LONGEST],
+        target.provider if target else "",
+        target.model[:_LONGEST] if target else "",
+        target.account if target else "",
+        error.status if isinstance(error, CallerGone) else status,
+        error.code if error else "",
+        call.stream,
+        tuple([tried for tried in call.tried if tried is not None]),
+        usage,
+        estimated,
+        cost,
+        target.price if target and usage else None,
+        None if call.first_at is None else call.first_at - call.started_at,
+        time.monotonic() - call.started_at,
+        call.upstream_s,
+        call.finish[:_LONGEST],
+        call.answer_id[:_LONGEST],
+        warned_of(call) or "",
+        session_name(headers, call.given.value) if call.given else "",
+        _tags_in(headers["x-bitrouter-tags"]) if "x-bitrouter-tags" in headers else (),
+        trace.trace if trace else "",
+        trace.span if trace else "",
+        trace.parent if trace else "",
+        _facts(call) if trace and trace.sampled else (),
+    )
+
+
+_LONGEST = 512  # characters of what somebody else makes up
+
+
+def _used(call: Call) -> tuple[Usage | None, int | None, bool]:
+    """Tokens and what they cost; whether that is an estimate: nobody said what was used."""
+    usage = call.usage
+    if usage is not None:
+        told = any(loss.code == "estimated" and loss.field == "usage" for loss in call.losses.found)
+        return usage, call.cost_nano, told
+    if call.first_at is None or not call.op.generates or call.target is None:
+        return None, None, False
+    asked = needs_of(call.document.value).tokens if call.document else 0
+    usage = Usage(asked, call.events)
+    return usage, cost_nanousd(usage, call.target.price), True
+
+
+@functools.lru_cache(maxsize=1024)
+def _tags_in(text: str) -> tuple[tuple[str, str], ...]:
+    """Tags as a header has them: team=search,env=prod."""
+    pairs = (part.partition("=") for part in text.split(",")[:_MOST_TAGS])
+    named = ((name.strip()[:64], value.strip()[:_LONGEST]) for name, _, value in pairs)
+    return tuple((name, value) for name, value in named if name)
+
+
+_MOST_TAGS = 16
+
+
+def _facts(call: Call) -> tuple[tuple[str, str | int | float | bool], ...]:
+    """What was asked of the model, by the names of Chat Completions."""
+    body = call.document.value if call.document else {}
+    settings = as_object(body.get("generationConfig")) or body
+    told = [
+        (_FACTS[name], value)
+        for name, value in settings.items()
+        if name in _FACTS and isinstance(value, str | int | float)
+    ]
+    if tools := as_list(body.get("tools")):
+        told.append(("tools", len(tools)))
+    return tuple(told)
+
+
+_FACTS = {
+    **{name: name for name in ("temperature", "top_p", "top_k", "max_tokens", "seed", "n")},
+    **{name: name for name in ("frequency_penalty", "presence_penalty", "reasoning_effort")},
+    "max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens",
+    "maxOutputTokens": "max_tokens", "topP": "top_p", "topK": "top_k",
+    "frequencyPenalty": "frequency_penalty", "presencePenalty": "presence_penalty",
+    "candidateCount": "n",
+}  # fmt: skip
+
+
+# What was said, for those who want it in their traces.
+# wire: github.com/open-telemetry/semantic-conventions-genai, gen-ai-input-messages.json and
+# gen-ai-output-messages.json, read 2026-11
+
+
+def _content(call: Call, most: int, redact: Callable[[str], str]) -> Pairs:
+    """most: bytes of each attribute."""
+    try:
+        messages = call.prompt.messages
+    except BitrouterError:
+        messages = ()
+    asked = [{"role": m.role, "parts": [_part(block) for block in m.content]} for m in messages]
+    told = [
+        {
+            "role": "assistant",
+            "parts": [_part(block) for block in choice.content],
+            "finish_reason": str(choice.finished.finish),
+        }
+        for choice in call.said
+    ]
+    pairs = (("gen_ai.input.messages", asked), ("gen_ai.output.messages", told))
+    return tuple(
+        (name, cut_text(redact(compact(value).decode()), most)) for name, value in pairs if value
+    )
+
+
+def _part(block: Content) -> JsonObject:
+    told: JsonObject = {"type": "native"}
+    match block:
+        case Text(text=text) | Refusal(text=text):
+            told = {"type": "text", "content": text}
+        case Reasoning(text=text):
+            told = {"type": "reasoning", "content": text}
+        case ToolCall():
+            told = {"type": "tool_call", "id": block.id, "name": block.name}
+            told["arguments"] = block.arguments
+        case ToolResult():
+            told = {"type": "tool_call_response", "id": block.call_id}
+            told["response"] = [_part(inner) for inner in block.content]
+        case Media():
+            told = {"type": "blob", "modality": block.kind, "mime_type": block.mime}
+            told |= {"uri": block.url} if block.url else {}
+    return told
+
+
+# The line in the log.
+
+
+def line_of(
+    facts: JsonObject,
+    request: HttpRequest,
+    reply: Reply,
+    call: Call | None,
+    error: BitrouterError | None,
+) -> JsonObject:
+    """What the log says about a request, beside what is known of it already."""
+    facts["method"] = request.head.method
+    facts["path"] = printable(request.path)
+    facts["status"] = error.status if isinstance(error, CallerGone) else reply.status
+    if call:
+        _add_call_facts(facts, call)
+    if isinstance(error, BadRequest):  # its message may quote the prompt
+        facts |= {"code": error.code, "param": error.param}
+    elif error:
+        facts |= {"code": error.code, "error": printable(error.message, 500)}
+        facts["detail"] = printable(error.detail, 500) or None
+    return facts
+
+
+def _add_call_facts(facts: JsonObject, call: Call) -> None:
+    target, usage = call.target, call.usage
+    facts["model"] = printable(call.model)
+    facts["stream"] = call.stream
+    if target:
+        facts["target"] = target.label
+        facts["attempts"] = call.attempts_made
+    if call.first_at is not None:
+        facts["ttft_ms"] = round((call.first_at - call.started_at) * 1000, 1)
+    if call.skipped:
+        facts["skipped"] = ", ".join(f"{name} ({why})" for name, why in call.skipped.items())
+    if usage:
+        facts["in"] = usage.input_tokens
+        facts["out"] = usage.output_tokens
+        facts["cached"] = usage.cached_tokens
+        facts["cost_usd"] = call.cost_usd
+    facts["warnings"] = warned_of(call)
+    facts["duration_ms"] = round((time.monotonic() - call.started_at) * 1000, 1)
+
+
+def warned_of(call: Call) -> str | None:
+    told = "usage_unknown" if _usage_is_missing(call) else None
+    if not call.losses.found:
+        return told
+    lost = [f"{loss.code}:{loss.field}" for loss in call.losses.found]
+    return ",".join([*lost, told] if told else lost)
+
+
+def _usage_is_missing(call: Call) -> bool:
+    return call.usage is None and call.first_at is not None and call.op.generates
+
+
+# ---------------------------------------------------------------------------------------------
+# 45. views: what there is to see: sums, receipts, metrics, the live page
+# ---------------------------------------------------------------------------------------------
+_CSV_HEADERS = {"content-type": "text/csv; charset=utf-8"}
+
+
+async def get_usage(app: App, request: HttpRequest, reply: Reply) -> None:
+    """GET /v1/usage: what was used and what it cost, in groups."""
+    query = usage_query(_asked_in(request), now_ms())
+    _send_answer(reply, await _from_ledger(app, partial(app.ledger.usage, query)), query.csv)
+
+
+async def get_requests(app: App, request: HttpRequest, reply: Reply) -> None:
+    """GET /v1/requests: receipts, newest first."""
+    query = requests_query(_asked_in(request), now_ms())
+    _send_answer(reply, await _from_ledger(app, partial(app.ledger.requests, query)), query.csv)
+
+
+def now_ms() -> int:
+    """Milliseconds since 1970, of a moment after everything that has come."""
+    return time.time_ns() // 1_000_000 + 1
+
+
+def _asked_in(request: HttpRequest) -> dict[str, str]:
+    """The parameters of a query. Raises BadRequest for one that is there twice."""
+    from urllib.parse import parse_qsl
+
+    asked: dict[str, str] = {}
+    for name, value in parse_qsl(request.query[:8192], keep_blank_values=True, max_num_fields=100):
+        if name in asked:
+            raise BadRequest(f"{printable(name, 64)}: this parameter is given twice", param=name)
+        if name not in ("key", "api_key"):  # that is for the door
+            asked[name] = value
+    if "text/csv" in request.headers.get("accept", ""):
+        asked.setdefault("format", "csv")
+    return asked
+
+
+async def _from_ledger(app: App, read: Callable[[], JsonObject]) -> JsonObject:
+    """Raises LedgerError."""
+
+    def work() -> JsonObject:
+        app.ledger.flush()
+        return read()
+
+    return await asyncio.get_running_loop().run_in_executor(None, work)
+
+
+def _send_answer(reply: Reply, answer: JsonObject, as_csv: bool) -> None:
+    if as_csv:
+        reply.send(200, answer_csv(answer).encode(), _CSV_HEADERS)
+    else:
+        reply.send(200, compact(answer), JSON_HEADERS)
+
+
+async def get_metrics(app: App, request: HttpRequest, reply: Reply) -> None:
+    """GET /metrics, in Prometheus' text or in OpenMetrics'."""
+    app.refresh_gauges()
+    newer = "application/openmetrics-text" in request.headers.get("accept", "")
+    text = prometheus_text(app.metrics, openmetrics=newer)
+    kind = OPENMETRICS_TYPE if newer else PROMETHEUS_TYPE
+    reply.send(200, text.encode(), {"content-type": kind})
+
+
+async def get_events(app: App, request: HttpRequest, reply: Reply) -> None:  # noqa: ARG001
+    """GET /api/events: requests as they begin and end, for as long as the caller listens."""
+    if len(app.watchers) >= _MOST_WATCHERS:
+        said = f"{_MOST_WATCHERS} others are watching already; try again later"
+        raise LimitReached(said, retry_after_s=30.0)
+    ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def tell(told: bytes) -> None:
+        if not told and not ended.done():
+            ended.set_result(None)
+        elif not reply.slow:  # who does not read on misses some; the page catches up
+            reply.write(told)
+
+    reply.heartbeat = b": .\n\n"
+    headers = {"content-type": "text/event-stream", "cache-control": "no-store"}
+    reply.begin(200, headers, b": watching\n\n")
+    app.watchers.add(tell)
+    try:
+        await ended
+        reply.end()
+    finally:
+        app.watchers.discard(tell)
+
+
+_MOST_WATCHERS = 64
+
+
+async def get_page(app: App, request: HttpRequest, reply: Reply) -> None:  # noqa: ARG001
+    """GET /: the Activity page."""
+    reply.send(200, ACTIVITY_PAGE.encode(), {
+        "content-type": "text/html; charset=utf-8",
+        "content-security-policy": _page_policy(),
+        "cache-control": "no-cache",
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+    })  # fmt: skip
+
+
+@functools.cache
+def _page_policy() -> str:
+    """What the page may load: itself, and its own style and script by their digests."""
+
+    def allowed(tag: str) -> str:
+        found = re.findall(rf"<{tag}>(.*?)</{tag}>", ACTIVITY_PAGE, re.DOTALL)
+        digests = (
+            base64.b64encode(hashlib.sha256(one.encode()).digest()).decode() for one in found
+        )
+        return " ".join(f"'sha256-{digest}'" for digest in digests)
+
+    return (
+        f"default-src 'none'; style-src {allowed('style')}; script-src {allowed('script')}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# 46. pipeline: one request's life; the handlers
 # ---------------------------------------------------------------------------------------------
 # Every handler has the same shape: (app, request, reply). They raise; `handle` turns what they
 # raise into the error object of the protocol that the path belongs to.
@@ -18912,7 +23084,7 @@ _SLOW_LOOP_S = 5.0
 
 
 async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
-    """Serve one request, whatever it asks for, and write its line in the log."""
+    """Serve one request, whatever it asks for, and write down what became of it."""
     started_at = time.monotonic()
     request_id = _request_id(app, request)
     reply.extra["x-bitrouter-request-id"] = request_id
@@ -18927,7 +23099,10 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
         if asked.page:
             await asked.page(app, request, reply)
         elif asked.op:
-            call = _read_call(app, request, asked, caller, request_id, started_at)
+            headers, rules = request.headers, app.config.upstream
+            call = Call(request_id, asked.op, asked.model, headers, started_at, caller, rules=rules)
+            app.in_flight += 1
+            _read_call(app, request, asked, call)
             route = app.router.resolve(call.models or call.model, call.op, call.wishes)
             await attempt_chain(app, call, reply, pick(app, call, route))
             error = call.broke
@@ -18938,8 +23113,12 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
         error = error if reply.ended else CallerGone("the caller hung up")
         raise
     finally:
-        line = _line(request, reply, call, error)
-        app.writer.event("request", {"id": request_id, "caller": caller or None, **line})
+        facts = {"id": request_id, "caller": caller or None}
+        app.writer.event("request", line_of(facts, request, reply, call, error))
+        if call:
+            app.in_flight -= 1
+            book(app, call, reply, error)
+        error = None  # it holds this frame, and this frame would hold it, and the body with it
 
 
 class Path(NamedTuple):
@@ -19065,55 +23244,6 @@ def _retry_headers(error: BitrouterError) -> Headers:
     return headers
 
 
-def _line(
-    request: HttpRequest, reply: Reply, call: Call | None, error: BitrouterError | None
-) -> JsonObject:
-    """What the log says about a request."""
-    facts: JsonObject = {
-        "method": request.head.method,
-        "path": printable(request.path),
-        "status": error.status if isinstance(error, CallerGone) else reply.status,
-    }
-    if call:
-        facts |= _call_facts(call)
-    if isinstance(error, BadRequest):  # its message may quote the prompt
-        facts |= {"code": error.code, "param": error.param}
-    elif error:
-        facts |= {"code": error.code, "error": printable(error.message, 500)}
-        facts["detail"] = printable(error.detail, 500) or None
-    return facts
-
-
-def _call_facts(call: Call) -> dict[str, Any]:
-    target, usage = call.target, call.usage
-    facts: dict[str, Any] = {"model": printable(call.model), "stream": call.stream}
-    if target:
-        facts |= {"target": f"{target.name}/{printable(target.model)}", "attempts": call.attempts}
-    if call.first_at is not None:
-        facts["ttft_ms"] = round((call.first_at - call.started_at) * 1000, 1)
-    if call.skipped:
-        facts["skipped"] = ", ".join(f"{name} ({why})" for name, why in call.skipped.items())
-    if usage:
-        facts |= {"in": usage.input_tokens, "out": usage.output_tokens}
-        facts["cached"] = usage.cached_tokens
-        facts["cost_usd"] = call.cost_usd
-    facts["warnings"] = _warned_of(call)
-    facts["duration_ms"] = round((time.monotonic() - call.started_at) * 1000, 1)
-    return facts
-
-
-def _warned_of(call: Call) -> str | None:
-    told = "usage_unknown" if _usage_is_missing(call) else None
-    if not call.losses.found:
-        return told
-    lost = [f"{loss.code}:{loss.field}" for loss in call.losses.found]
-    return ",".join([*lost, told] if told else lost)
-
-
-def _usage_is_missing(call: Call) -> bool:
-    return call.usage is None and call.first_at is not None and call.op.generates
-
-
 # The door.
 
 
@@ -19126,7 +23256,7 @@ def screen(app: App, request: HttpRequest) -> None:
 def _admit(app: App, request: HttpRequest) -> tuple[_Asked, str]:
     """What is asked for, and by whom. Raises NotFound, MethodNotAllowed or Unauthorized."""
     asked = _what_is_asked(_read_path(app, request), request.head.method)
-    return asked, "" if asked.page is _get_health else authenticate(app, request)
+    return asked, "" if asked.page in _PUBLIC else authenticate(app, request)
 
 
 def _check_origin(app: App, request: HttpRequest) -> Headers:
@@ -19203,24 +23333,20 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # Requests to a model.
 
 
-def _read_call(
-    app: App, request: HttpRequest, asked: _Asked, caller: str, request_id: str, started_at: float
-) -> Call:
+def _read_call(app: App, request: HttpRequest, asked: _Asked, call: Call) -> None:
     """Understand a request to a model. Raises BadRequest, naming the field."""
-    op, model = asked.op, asked.model
-    assert op is not None  # noqa: S101  what is asked is no page
-    content_type = request.headers.get("content-type", "")
+    op, model, headers = call.op, call.model, call.headers
+    content_type = headers.get("content-type", "")
     media = content_type.partition(";")[0].strip().lower()
-    call = Call(request_id, op, model, request.headers, started_at, caller)
-    call.strict = request.headers.get("x-bitrouter-strict", "").lower() in ("1", "true")
-    call.explain = request.headers.get("x-bitrouter-explain", "").lower() in ("1", "true")
-    call.rules = app.config.upstream
+    call.at = time.time_ns() // 1_000_000
+    call.key = call.caller if app.auth_required else ""
+    if app.exporter and app.exporter.traces:
+        _begin_trace(app, call, app.exporter.settings)
+    call.strict = headers.get("x-bitrouter-strict", "").lower() in ("1", "true")
+    call.explain = headers.get("x-bitrouter-explain", "").lower() in ("1", "true")
     call.withheld = app.router.key_headers
-    call.query = "&".join(
-        pair
-        for pair in request.query.split("&")
-        if pair and unquote(pair.partition("=")[0]).lower() not in _QUERY_CREDENTIALS
-    )
+    if request.query:
+        call.query = _without_credentials(request.query)
     if op.raw and media == "multipart/form-data":
         call.body, call.form_type = request.body, content_type
         _, named = set_form_field(request.body, content_type, "model")
@@ -19237,16 +23363,25 @@ def _read_call(
         shown = printable(content_type, 60)
         raise UnsupportedMedia(f"content-type: expected application/json, got {shown!r}")
     call.model = _model_id(call.model, "model")
-    call.models = tuple(_model_id(one, f"models[{n}]") for n, one in enumerate(call.models))
+    if call.models:
+        call.models = tuple(_model_id(one, f"models[{n}]") for n, one in enumerate(call.models))
     call.stream = _streams(call)
     call.history = _history(app, call)
-    return call
+    if app.watchers:
+        facts = {"id": call.id, "time": iso_time(call.at), "asked": call.model, "key": call.key}
+        app.tell_watchers("begun", {**facts, "stream": call.stream})
+
+
+def _begin_trace(app: App, call: Call, settings: OtelSettings) -> None:
+    bits = app.random.getrandbits
+    call.trace = trace_context(call.headers, settings.sampler, settings.sampler_arg, bits)
+    call.records = settings.content and call.trace.sampled and call.op.translates
 
 
 def _model_id(text: str, where: str) -> str:
     """A model id as it was meant. Raises BadRequest."""
     text = _UNSEEN.sub("", text).strip()
-    if {".", ".."} & set(re.split("[/:]", text)):  # it may become part of a path
+    if _DOTS.search(text):  # it may become part of a path
         raise BadRequest(f"{where}: `.` and `..` are no part of a model id", param=where)
     if not text or len(text) > _MAX_MODEL_CHARS:
         raise BadRequest(
@@ -19259,6 +23394,7 @@ def _model_id(text: str, where: str) -> str:
 
 # Terminals' escape sequences and control characters, which come with models copied from one.
 _UNSEEN = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x1f\x7f-\x9f]")
+_DOTS = re.compile(r"(?:^|[/:])\.\.?(?:[/:]|$)")
 _FOR_US = ("models", "provider", "preset")
 _MAX_MODELS = 8
 
@@ -19268,8 +23404,10 @@ def call_of(app: App, op: Operation, model: str, headers: Headers, body: bytes) 
     request = HttpRequest(
         RequestHead("POST", "/", headers, keep_alive=True, minor=1), "/", "", body
     )
-    asked = _Asked(op, model)
-    return _read_call(app, request, asked, "", app.new_id(), time.monotonic())
+    rules = app.config.upstream
+    call = Call(app.new_id(), op, model, headers, time.monotonic(), rules=rules)
+    _read_call(app, request, _Asked(op, model), call)
+    return call
 
 
 def _cross_bridge(app: App, call: Call, document: Document) -> None:
@@ -19302,7 +23440,7 @@ def _read_wishes(app: App, call: Call) -> None:
     if document is not None and is_bridged(document.value, call.model):
         _cross_bridge(app, call, document)
         document = call.document
-    if document is None or not any(name in document.value for name in _FOR_US):
+    if document is None or document.value.keys().isdisjoint(_FOR_US):
         call.given = document
         return
     body = document.value
@@ -19350,6 +23488,14 @@ def _history(app: App, call: Call) -> tuple[Message, ...] | None:
     return known
 
 
+def _without_credentials(query: str) -> str:
+    return "&".join(
+        pair
+        for pair in query.split("&")
+        if pair and unquote(pair.partition("=")[0]).lower() not in _QUERY_CREDENTIALS
+    )
+
+
 _QUERY_CREDENTIALS = {"key", "api_key", "api-key", "apikey", "access_token", "token"}
 
 
@@ -19392,7 +23538,7 @@ async def _list_models(app: App, request: HttpRequest, reply: Reply) -> None:
         reply.send(200, compact(shape.one(found)), JSON_HEADERS)
         return
     wanted_ones = _query_filter(request.query[:1024], tuple(app.router.active))
-    kept = [shape.one(one) for one in listed if wanted_ones(one)]
+    kept = [one for one in listed if wanted_ones(one)]
     reply.send(200, compact(shape.all(kept, request.query)), JSON_HEADERS)
 
 
@@ -19464,7 +23610,7 @@ def _query_filter(query: str, known: tuple[str, ...]) -> ModelFilter:
 
 class _ModelShape(NamedTuple):
     one: Callable[[Listed], JsonObject]
-    all: Callable[[list[JsonObject], str], JsonObject]
+    all: Callable[[list[Listed], str], JsonObject]  # of a query: a page, where there are pages
 
 
 def _extras(one: Listed) -> JsonObject:
@@ -19527,35 +23673,36 @@ def _google_model(one: Listed) -> JsonObject:
     }
 
 
-def _openai_list(models: list[JsonObject], query: str) -> JsonObject:  # noqa: ARG001
-    return {"object": "list", "data": models}
+def _openai_list(models: list[Listed], query: str) -> JsonObject:  # noqa: ARG001
+    return {"object": "list", "data": [_openai_model(one) for one in models]}
 
 
-def _anthropic_list(models: list[JsonObject], query: str) -> JsonObject:
+def _anthropic_list(models: list[Listed], query: str) -> JsonObject:
     """wire: docs.claude.com/en/api/models-list, read 2026-11: limit 1-1000, 20 unless told."""
     asked = dict(pair.partition("=")[::2] for pair in query.split("&"))
     limit = _count(asked, "limit", 20)
-    ids = [model["id"] for model in models]
+    ids = [model.id for model in models]
     after, before = unquote(asked.get("after_id", "")), unquote(asked.get("before_id", ""))
     start = ids.index(after) + 1 if after in ids else 0
     end = ids.index(before) if before in ids else len(ids)
     size = max(1, min(limit, 1000))
     page = models[start:end][-size:] if before in ids else models[start:end][:size]
-    first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+    first, last = (page[0].id, page[-1].id) if page else (None, None)
+    told = [_anthropic_model(one) for one in page]
     more = len(page) < end - start
-    return {"data": page, "has_more": more, "first_id": first, "last_id": last}
+    return {"data": told, "has_more": more, "first_id": first, "last_id": last}
 
 
 def _count(asked: Mapping[str, str], name: str, default: int) -> int:
     return int(asked[name]) if re.fullmatch(r"[0-9]{1,9}", asked.get(name, "")) else default
 
 
-def _google_list(models: list[JsonObject], query: str) -> JsonObject:
+def _google_list(models: list[Listed], query: str) -> JsonObject:
     asked = dict(pair.partition("=")[::2] for pair in query.split("&"))
     size, start = _count(asked, "pageSize", 50), _count(asked, "pageToken", 0)
     end = start + max(1, min(size, 1000))
     token = {"nextPageToken": str(end)} if end < len(models) else {}
-    return {"models": models[start:end], **token}
+    return {"models": [_google_model(one) for one in models[start:end]], **token}
 
 
 _MODEL_SHAPES = {
@@ -19571,16 +23718,28 @@ async def _get_health(app: App, request: HttpRequest, reply: Reply) -> None:  # 
 
 
 def health_facts(app: App) -> JsonObject:
-    lag_s = max(app.sweeper.lag_s, time.monotonic() - app.sweeper.now - app.sweeper.tick_s)
-    now = time.monotonic()
+    lag_s, now = app.lag_s, time.monotonic()
     return {
         "status": "slow" if lag_s > _SLOW_LOOP_S else "draining" if app.draining else "ok",
         "version": __version__,
         "uptime_s": round(now - app.started_at, 1),
-        "loop_lag_ms": round(max(0.0, lag_s) * 1000, 1),
+        "loop_lag_ms": round(lag_s * 1000, 1),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "degraded": _degraded(app, lag_s, now),
         "providers": list(app.router.active),
         "cooling_s": app.health.cooling(now),
     }
+
+
+def _degraded(app: App, lag_s: float, now: float) -> list[str]:
+    """What is not as it should be, though requests are served."""
+    told = [f"{name} cools down for {s:.0f} s" for name, s in app.health.cooling(now).items()]
+    if lag_s > _SLOW_LOOP_S:
+        told.append(f"the event loop is {lag_s:.1f} s late")
+    if app.ledger.error:
+        told.append(f"receipts are not written: {app.ledger.error}")
+    errors = app.exporter.errors if app.exporter else {}
+    return [*told, *(f"{signal} are not exported: {why}" for signal, why in errors.items())]
 
 
 def status_facts(app: App) -> JsonObject:
@@ -19591,6 +23750,9 @@ def status_facts(app: App) -> JsonObject:
         "pid": os.getpid(),
         "listen": app.config.server.listen,
         "reloads": app.reloads,
+        "in_flight": app.in_flight,
+        "ledger": app.ledger.status(),
+        "otel": app.exporter.status() if app.exporter else None,
         "warnings": list(app.warnings),
         "active": {
             ident: {"enabled_by": one.enabled_by, "accounts": len(one.accounts)}
@@ -19609,10 +23771,16 @@ async def _get_status(app: App, request: HttpRequest, reply: Reply) -> None:  # 
 # What is served where. Paths are below /v1 and /v1beta; models have OPERATIONS and GEMINI_VERBS.
 
 _PAGES: dict[str, Handler] = {
+    "/": get_page,
     "/health": _get_health,
     "/models": _list_models,
+    "/usage": get_usage,
+    "/requests": get_requests,
+    "/metrics": get_metrics,
     "/api/status": _get_status,
+    "/api/events": get_events,
 }
+_PUBLIC = (_get_health, get_page)  # the page holds nothing; it asks for a key
 
 _GOOGLE_PATH = re.compile(r"/(?:models/)?([^/:].*):(\w+)")
 
@@ -19644,7 +23812,7 @@ def _what_is_asked(path: Path, method: str) -> _Asked:
         raise ProtocolUnsupported(
             "feedback is not shipped: keep it in your own store, by the ids that answers carry",
         )
-    page = _PAGES.get("/models" if below.startswith("/models/") else below)
+    page = _PAGES.get("/models" if below.startswith("/models/") else below or "/")
     if page is None or (google and method == "POST"):
         known = [*GENERATE_PATHS.values(), "/v1/models", "/health"]
         said = f"there is nothing at {printable(path.below)}; this server has {', '.join(known)}"
@@ -19663,7 +23831,7 @@ SERVICE = Service(screen, handle, _refuse_unread)
 
 
 # ---------------------------------------------------------------------------------------------
-# 39. server: listening, finding local servers, draining
+# 47. server: listening, finding local servers, draining
 # ---------------------------------------------------------------------------------------------
 
 _DRAIN_S = 30.0
@@ -19704,6 +23872,7 @@ async def serve(
     if find_local:
         app.spawn(_discover_for_ever(app))
     app.spawn(_watch(app, watched))
+    app.keep_books()
     if parent:
         app.spawn(_end_with(parent, stop))
     await stop.wait()
@@ -19713,6 +23882,8 @@ async def serve(
     again = loop.create_task(stop.wait())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
     again.cancel()
+    if not draining.done():
+        await asyncio.to_thread(app.ledger.close)  # cut short or not: what is known is written
     if controller:
         controller.close()
         with suppress(OSError):
@@ -19788,13 +23959,16 @@ async def _control(app: App, request: HttpRequest, reply: Reply) -> None:
     """Serve the command line. Who can open the socket is the user that we run as."""
     if request.path == "/status":
         reply.send(200, compact(status_facts(app)), JSON_HEADERS)
+    elif request.path == "/variables":
+        reply.send(200, compact({"names": sorted(app.variables())}), JSON_HEADERS)
     elif request.path == "/reload" and request.head.method == "POST" and app.reload:
         try:
             given = as_object(parse_json(request.body or b"{}"))
         except (ValueError, RecursionError) as exc:
             _refuse_control(app, request, reply, BadRequest(f"the body is not JSON: {exc}"))
             return
-        environ = {str(name): str(value) for name, value in given.items()}
+        taken = given.keys() & set(app.variables())
+        environ = {name: str(given[name]) for name in taken}
         reply.send(200, compact(await app.reload(environ)), JSON_HEADERS)
     else:
         reply.send(404, b"{}", JSON_HEADERS)
@@ -19865,6 +24039,8 @@ class Listener:
         self.app.draining = True
         if self._server:
             self._server.close()
+        for watcher in tuple(self.app.watchers):
+            watcher(b"")  # no more will come
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await asyncio.sleep(0)  # who was just accepted counts, too
@@ -20057,8 +24233,9 @@ def serve_many(count: int, serve_one: Callable[[int], int]) -> int:
         if pid:
             pids[pid] = (n, time.monotonic())
             return
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it can read its configuration anew
         status = 1
         try:
             status = serve_one(n)
@@ -20103,7 +24280,7 @@ def raise_descriptor_limit() -> None:
 
 
 # ---------------------------------------------------------------------------------------------
-# 40. cli: the command line
+# 48. cli: the command line
 # ---------------------------------------------------------------------------------------------
 # Data on stdout, talk on stderr. JSON when stdout is no terminal, or with --json. Exit 0 when it
 # worked, 1 when it failed, 2 when the command was not understood.
@@ -20179,9 +24356,9 @@ def command_serve(args: argparse.Namespace) -> int:
         config.server.listen = listen
     form = config.server.log_format
     as_json = form == "json" or (form == "auto" and not sys.stderr.isatty())
-    writer = LogWriter(sys.stderr, as_json=as_json)
+    writer = LogWriter(sys.stderr, as_json=as_json, least=_log_level(args))
     log.handlers, log.propagate = [writer], False
-    log.setLevel(logging.INFO)
+    log.setLevel(writer.level)
     workers = config.server.workers
     if workers == 1:
         return _serve_one(args.config, loaded, writer, 0)
@@ -20189,6 +24366,17 @@ def command_serve(args: argparse.Namespace) -> int:
         raise ConfigError("server.workers: this system cannot share a port between processes")
     _check_free(config.server.listen)
     return serve_many(workers, lambda n: _serve_one(args.config, loaded, writer, n))
+
+
+def _log_level(args: argparse.Namespace) -> int:
+    """The level of the log: by -v and -q, or else by BITROUTER_LOG. Raises ConfigError."""
+    told = os.environ.get("BITROUTER_LOG", "").strip().lower() or "info"
+    if told not in LOG_LEVELS:
+        allowed = ", ".join(LOG_LEVELS)
+        raise ConfigError(f"BITROUTER_LOG: expected one of {allowed}, got {show_json(told)}")
+    steps = 10 * (args.quiet - args.verbose)
+    level = logging.INFO if steps else LOG_LEVELS[told]
+    return int(max(logging.DEBUG, level + steps))
 
 
 def _check_free(listen: str) -> None:
@@ -20215,7 +24403,7 @@ def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int) -> in
     shortest_s = min(timeouts.first_token_s, timeouts.idle_s, timeouts.total_s)
     app = App(loaded.config, os.environ, writer, tick_s=max(0.02, min(0.5, shortest_s / 4)))
     reloader = _Reloader(app, given, loaded)
-    app.reload = reloader.reload
+    app.reload, app.variables = reloader.reload, reloader.variables
     control = control_path(loaded.config.server.listen, os.environ, worker)
     with suppress(KeyboardInterrupt):
         asyncio.run(
@@ -20252,6 +24440,20 @@ class _Reloader:
         self._given = given
         self._overlay: dict[str, str] = {}
         self._busy = asyncio.Lock()
+
+    def variables(self) -> set[str]:
+        """Those that the file names, those of its providers, and those of other providers that are
+        on already: nobody's shell turns on a provider that nobody named."""
+        loaded, path = _load_config(self._given, self._app.environ)
+        own = {provider_id(name) for name in loaded.config.providers}
+        names = {f"{ident.upper().replace('-', '_')}_API_KEY" for ident in own}
+        for known in PROVIDERS.values():
+            if known.id in own or known.id in self._app.router.active:
+                names |= {*known.env, *base_variables(known)}
+        if path:
+            with suppress(OSError, ValueError), open(path, encoding="utf-8") as file:  # noqa: PTH123
+                names |= set(re.findall(r"\$\{([A-Za-z_]\w*)", file.read()))
+        return names
 
     async def reload(self, environ: Mapping[str, str]) -> JsonObject:
         """environ: variables that count from now on, beside those of this process."""
@@ -20303,6 +24505,7 @@ def greet(app: App, listener: Listener) -> None:
     lines += [f"  {'echo':{width}}  built in"]
     if not active:
         lines += ["", "  No provider has a key yet: set OPENAI_API_KEY, ANTHROPIC_API_KEY, ..."]
+    lines += ["", f"  See what happens at {listener.address}/"]
     lines += ["", "  Try it:", "", _example_curl(app, listener.address), ""]
     say("\n".join(lines), to_stderr=True)
 
@@ -20342,6 +24545,8 @@ def _ask_control(path: str, method: str, target: str, body: bytes = b"") -> Json
     import http.client
 
     connection = http.client.HTTPConnection("localhost", timeout=30)
+    if os.stat(path).st_uid != os.getuid():  # noqa: PTH116
+        raise ConfigError(f"{path} belongs to another user: it is not asked, nor told any key")
     try:
         connection.sock = socket.socket(socket.AF_UNIX)
         connection.sock.settimeout(30)
@@ -20356,16 +24561,12 @@ def _ask_control(path: str, method: str, target: str, body: bytes = b"") -> Json
 
 
 def command_reload(args: argparse.Namespace) -> int:
-    """The providers' variables go along: they are how keys are rotated."""
-    names = {name for known in PROVIDERS.values() for name in (*known.env, *base_variables(known))}
-    loaded, path = _load_config(args.config, os.environ)
-    if path:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123
-            names |= set(re.findall(r"\$\{([A-Za-z_]\w*)", file.read()))
-    for ident in loaded.config.providers:
-        names.add(ident.upper().replace("-", "_") + "_API_KEY")
-    told = json.dumps({name: os.environ[name] for name in names if name in os.environ}).encode()
-    answers = [_ask_control(path, "POST", "/reload", told) for path in _controls(args)]
+    """The variables that the server asks for go along: they are how keys are rotated."""
+    answers = []
+    for path in _controls(args):
+        names = _ask_control(path, "GET", "/variables").get("names", ())
+        told = json.dumps({name: os.environ[name] for name in names if name in os.environ})
+        answers.append(_ask_control(path, "POST", "/reload", told.encode()))
     worst = next((answer for answer in answers if not answer.get("reloaded")), answers[0])
     rows = [("error", said) for said in worst.get("errors", ())]
     rows += [("warning", said) for said in worst.get("warnings", ())]
@@ -20576,6 +24777,158 @@ def _route_rows(facts: JsonObject) -> list[tuple[str, ...]]:
     return rows
 
 
+def command_usage(args: argparse.Namespace) -> int:
+    """What was used and what it cost, out of the ledger; no server is needed."""
+    query = usage_query(_query_of(args), now_ms())
+    answer = _ledger_for(args).usage(query)
+    if query.csv:
+        say(answer_csv(answer).rstrip("\r\n"))
+        return 0
+    rows: list[tuple[str, ...]] = [
+        (query.group_by, "requests", "errors", "input", "cached", "output", "cost", "unpriced")
+    ]
+    for one in [*answer["data"], {"group": "total", **answer["total"]}]:
+        counts = ("requests", "errors", "input_tokens", "cached_tokens", "output_tokens")
+        told = [f"{one[name]:,}" for name in counts]
+        rows.append((one["group"] or "-", *told, _cost(one["cost_usd"]), str(one["unpriced"])))
+    show(args, answer, rows)
+    return 0
+
+
+def command_requests(args: argparse.Namespace) -> int:
+    """Receipts, newest first."""
+    query = requests_query(_query_of(args), now_ms())
+    answer = _ledger_for(args).requests(query)
+    if query.csv:
+        say(answer_csv(answer).rstrip("\r\n"))
+        return 0
+    rows: list[tuple[str, ...]] = [
+        ("time", "status", "asked", "served by", "in", "out", "cost", "took", "id")
+    ]
+    for one in answer["data"]:
+        used = one["usage"] or {}
+        served = f"{one['provider']}/{one['model']}" if one["provider"] else one["code"]
+        tokens = (str(used.get(name, "-")) for name in ("input_tokens", "output_tokens"))
+        took = f"{one['took_ms'] / 1000:.2f} s"
+        told = (one["time"][:19], str(one["status"]), one["asked"], served, *tokens)
+        rows.append((*told, _cost(one["cost_usd"]), took, one["id"]))
+    show(args, answer, rows)
+    if answer["next"] and not args.json:
+        say(f"there are more: --before {answer['next']}", to_stderr=True)
+    return 0
+
+
+def _cost(dollars: float | None) -> str:
+    return "unknown" if dollars is None else f"${dollars:.6f}"
+
+
+def _query_of(args: argparse.Namespace) -> dict[str, str]:
+    given = {name: getattr(args, name, "") for name in _QUERY_OPTIONS}
+    return {name.rstrip("_"): value for name, value in given.items() if value}
+
+
+def _ledger_for(args: argparse.Namespace) -> Ledger:
+    config = _usable_config(args.config, os.environ)
+    path = ledger_path(os.environ, config.state.url)
+    if path == "memory:":
+        said = "receipts are kept in the server's memory (state.url): ask it at GET /v1/usage"
+        raise ConfigError(said)
+    return Ledger(path)
+
+
+def command_observe(args: argparse.Namespace) -> int:
+    """What is exported where, by the configuration, and how that goes in a running server."""
+    settings = otel_of(_usable_config(args.config, os.environ), os.environ)
+    facts = Exporter(settings, Metrics()).status()
+    with suppress(ConfigError, OSError):
+        facts["running"] = [
+            _ask_control(path, "GET", "/status").get("otel") for path in _controls(args)
+        ]
+    facts |= {"resource": dict(settings.resource), "warnings": list(settings.warnings)}
+    rows = []
+    for signal in ("traces", "metrics"):
+        told = facts[signal]
+        rows.append((signal, f"{told['url']} ({told['protocol']})" if told else "not exported"))
+        for one in filter(None, facts.get("running", ())):
+            if now := one[signal]:
+                rows.append(("", f"sent {now['sent']}, dropped {now['dropped']}"))
+                rows += [("", f"error: {now['error']}")] if now["error"] else []
+    if not (facts["traces"] or facts["metrics"]):
+        rows.append(("", "set OTEL_EXPORTER_OTLP_ENDPOINT, or endpoint in [otel]"))
+    rows += [("warning", said) for said in settings.warnings]
+    show(args, facts, rows)
+    return 0
+
+
+class Finding(NamedTuple):
+    """What the doctor found. level: ok, note or wrong."""
+
+    about: str
+    level: str
+    said: str
+
+
+def command_doctor(args: argparse.Namespace) -> int:
+    """Whether all is as it should be, with what to do where it is not. Exit 1 if it is not."""
+    found = list(_findings(args))
+    rows = [(one.level, one.about, one.said) for one in found]
+    show(args, {"findings": [one._asdict() for one in found]}, rows)
+    return 1 if any(one.level == "wrong" for one in found) else 0
+
+
+def _findings(args: argparse.Namespace) -> Iterator[Finding]:
+    loaded, path = _load_config(args.config, os.environ)
+    wrong = [*loaded.problems, *loaded.fatal]
+    yield from (Finding("configuration", "wrong", said) for said in wrong)
+    if wrong:
+        return
+    yield Finding("configuration", "ok", path or "no file: keys of the environment alone")
+    active, warnings = active_providers(loaded.config, os.environ)
+    yield from (Finding("configuration", "note", said) for said in (*loaded.unset, *warnings))
+    none = "none: set a key such as OPENAI_API_KEY; `bitrouter providers` lists them"
+    told = ", ".join(f"{ident} ({one.enabled_by})" for ident, one in active.items())
+    yield Finding("providers", "ok" if active else "note", told or none)
+    try:
+        running = [_ask_control(path, "GET", "/status") for path in _controls(args)]
+        for one in running:
+            said = f"answers at {one['listen']}, process {one['pid']}"
+            yield Finding("server", "ok", said)
+            yield from (Finding("server", "note", why) for why in one["degraded"])
+    except ConfigError as error:
+        yield Finding("server", "note", error.message)
+    yield _about_ledger(loaded.config)
+    yield from _about_collector(otel_of(loaded.config, os.environ))
+
+
+def _about_ledger(config: Config) -> Finding:
+    path = ledger_path(os.environ, config.state.url)
+    if path == "memory:":
+        return Finding("ledger", "note", "receipts are kept in memory, and gone with the process")
+    try:
+        asked = requests_query({"limit": "1"}, now_ms())
+        latest = Ledger(path).requests(asked)["data"]
+    except LedgerError as error:
+        return Finding("ledger", "wrong", error.message)
+    said = f"the latest receipt is of {latest[0]['time']}" if latest else "no receipt yet"
+    return Finding("ledger", "ok", f"{path}: {said}")
+
+
+def _about_collector(settings: OtelSettings) -> Iterator[Finding]:
+    yield from (Finding("otel", "note", said) for said in settings.warnings)
+    where = settings.traces
+    if where is None:
+        yield Finding("otel", "note", "no traces are exported")
+        return
+    trace, span = (f"{random.getrandbits(bits) or 1:0{bits // 4}x}" for bits in (128, 64))
+    now = time.time_ns()
+    shape = span_shape("bitrouter doctor", (("bitrouter.test", True),))
+    probe = Span(trace, span, "", False, now, now + 1, (shape,), ())
+    encode = encode_traces_json if where.as_json else encode_traces
+    said, _ = post_otlp(where, encode(settings.resource, [probe]))
+    told = said or f"accepted a test span, trace {trace}"
+    yield Finding("otel", "wrong" if said else "ok", f"{without_password(where.url)}: {told}")
+
+
 def command_validate(args: argparse.Namespace) -> int:
     loaded, path = _load_config(args.config, os.environ)
     if not path:
@@ -20739,11 +25092,30 @@ _LISTEN = (
     (("--listen",), {"default": "", "metavar": "HOST:PORT", "help": "address to serve on"}),
     (("--port",), {"type": int, "metavar": "N", "help": "port on 127.0.0.1 to serve on"}),
 )
+_QUERY_OPTIONS = (
+    *("from_", "to", "group_by", "model", "provider", "key", "caller", "session", "tag"),
+    *("status", "id", "limit", "before", "format"),
+)
+_SPAN = (
+    (("--from",), {"default": "", "dest": "from_", "metavar": "TIME",
+                   "help": "a date, a time, or a span until now such as 24h or 7d"}),
+    (("--to",), {"default": "", "metavar": "TIME", "help": "a date or a time; now unless told"}),
+    *(((f"--{name}",), {"default": "", "help": f"only this {name}"})
+      for name in ("model", "provider", "key", "caller", "session")),
+    (("--tag",), {"default": "", "metavar": "NAME:VALUE", "help": "only with this tag"}),
+    (("--status",), {"default": "", "help": "such as 429, 4xx or error"}),
+    (("--csv",), {"action": "store_const", "const": "csv", "default": "", "dest": "format",
+                  "help": "CSV, for spreadsheets"}),
+)  # fmt: skip
 _PROTOCOL = {"default": "", "choices": tuple(PROTOCOL_NAMES), "help": "protocol of the request"}
 
 # fmt: off
 COMMANDS: tuple[Command, ...] = (
-    Command("serve", "serve in the foreground (the default)", command_serve, (*_CONFIG, *_LISTEN)),
+    Command("serve", "serve in the foreground (the default)", command_serve, (
+        (("-v", "--verbose"), {"action": "count", "default": 0, "help": "log each attempt, too"}),
+        (("-q", "--quiet"), {"action": "count", "default": 0,
+                             "help": "log warnings and errors alone; twice: errors"}),
+        *_CONFIG, *_LISTEN)),
     Command("reload", "read the configuration and the keys anew", command_reload,
             (*_CONFIG, *_LISTEN, *_OUTPUT)),
     Command("status", "show how a running server does", command_status,
@@ -20764,6 +25136,18 @@ COMMANDS: tuple[Command, ...] = (
         *_CONFIG, *_OUTPUT)),
     Command("providers", "list providers, and the variable that turns each on", command_providers,
             (*_CONFIG, *_OUTPUT)),
+    Command("usage", "add up what was used, and what it cost", command_usage, (
+        (("--group-by",), {"default": "", "help": f"one of {', '.join(USAGE_GROUPS)}"}),
+        *_SPAN, *_CONFIG, *_OUTPUT)),
+    Command("requests", "list receipts of requests, newest first", command_requests, (
+        (("--id",), {"default": "", "help": "only this request"}),
+        (("--limit",), {"default": "", "help": "at most so many; 50 unless told"}),
+        (("--before",), {"default": "", "help": "go on from there"}),
+        *_SPAN, *_CONFIG, *_OUTPUT)),
+    Command("observe status", "show what is exported to OpenTelemetry, and where", command_observe,
+            (*_CONFIG, *_LISTEN, *_OUTPUT)),
+    Command("doctor", "look for what is wrong; sends the collector a test span", command_doctor,
+            (*_CONFIG, *_LISTEN, *_OUTPUT)),
     Command("config validate", "check the configuration file; needs no secrets", command_validate,
             (*_CONFIG, *_OUTPUT)),
     Command("migrate tensorzero", "turn TensorZero's configuration into ours", command_migrate, (

@@ -507,7 +507,7 @@ ABSOLUTE = [
     (b"GET http://127.0.0.1/health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",        200),
     (b"GET http://localhost:4356/health?x=1 HTTP/1.1\r\nhost: x.test\r\n\r\n",  200),
     (b"GET http://evil.test/health HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",        403),
-    (b"GET http://127.0.0.1 HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",               404),
+    (b"GET http://127.0.0.1/feedback HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n",      501),
 ]
 # fmt: on
 

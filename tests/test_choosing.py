@@ -609,35 +609,39 @@ def test_a_balanced_model_gives_each_endpoint_its_share_in_every_round() -> None
 
 def test_two_balanced_models_do_not_take_each_others_turns() -> None:
     health = Health(Breaker())
-    firsts: dict[str, list[int]] = {"x": [], "y": []}
+    firsts: dict[str, list[str]] = {"x": [], "y": []}
     rng = random.Random(4)
     for _ in range(400):
         name = rng.choice("xy")
-        firsts[name].append(health.share((name,), (2.0, 1.0, 1.0))[0])
+        firsts[name].append(health.share(name, {"a": 2.0, "b": 1.0, "c": 1.0})[0])
     for turns in firsts.values():
         whole = turns[: len(turns) // 4 * 4]
-        assert Counter(whole) == {0: len(whole) / 2, 1: len(whole) / 4, 2: len(whole) / 4}
+        assert Counter(whole) == {
+            "a": len(whole) / 2,
+            "b": len(whole) / 4,
+            "c": len(whole) / 4,
+        }
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_shares_are_exact_and_evenly_spread_for_any_weights(seed: int) -> None:
     rng, health = random.Random(seed), Health(Breaker())
-    weights = tuple(float(rng.randrange(0, 7)) for _ in range(rng.randrange(1, 6)))
-    total = int(sum(weights))
-    if not total:
-        weights, total = (*weights, 1.0), 1
-    turns = [health.share(("m",), weights) for _ in range(3 * total)]
-    assert all(sorted(turn) == list(range(len(weights))) for turn in turns)
+    weights = {name: float(rng.randrange(0, 7)) for name in "abcde"[: rng.randrange(1, 6)]}
+    if not any(weights.values()):
+        weights["a"] = 1.0
+    total = int(sum(weights.values()))
+    turns = [health.share("m", weights) for _ in range(3 * total)]
+    assert all(sorted(turn) == sorted(weights) for turn in turns)
     for start in range(2 * total):
         seen = Counter(turn[0] for turn in turns[start : start + total])
-        assert [seen[n] for n in range(len(weights))] == list(weights)
+        assert {name: seen[name] for name in weights} == weights
 
 
 def test_the_others_of_a_turn_follow_by_their_weights() -> None:
-    health = Health(Breaker())
+    health, weights = Health(Breaker()), {"a": 1.0, "b": 5.0, "c": 0.0, "d": 3.0}
     for _ in range(10):
-        _, *others = health.share(("m",), (1.0, 5.0, 0.0, 3.0))
-        assert others == sorted(others, key=lambda n: -(1.0, 5.0, 0.0, 3.0)[n])
+        _, *others = health.share("m", weights)
+        assert others == sorted(others, key=lambda name: -weights[name])
 
 
 def test_candidates_are_drawn_by_weight_and_the_same_number_draws_the_same() -> None:

@@ -68,6 +68,26 @@ pricing = {input = 1, output = 2, cache_read = 0.5, cache_write = 0}
 [models.smart]
 strategy = "priority"
 endpoints = [{provider = "anthropic", service_id = "claude-sonnet-4-6"}]
+
+[state]
+url = "memory:"
+keep_days = 7
+
+[otel]
+endpoint = "http://127.0.0.1:4318"
+headers = {authorization = "Bearer o"}
+protocol = "http/json"
+compression = "gzip"
+timeout_s = 5
+service_name = "gate"
+resource_attributes = {a = "b"}
+sampler = "traceidratio"
+sampler_arg = 0.5
+traces = true
+metrics = false
+metrics_interval_s = 30
+content = "full"
+content_max_bytes = 100
 """
 SECRETS = {"KEY_A": "sk-file-key-a", "CALLER_KEY": "caller-key"}
 
@@ -383,6 +403,7 @@ def test_variables_are_put_in_after_parsing() -> None:
 
 # fmt: off
 BASES = [
+    ("https://x.openai.azure.com/openai/deployments/n?api-version=2025-04-01-preview", ""),
     # base                            what is wrong with it, or nothing
     ("https://api.example.com/v1",    ""),
     ("http://127.0.0.1:8000/v1",      ""),
@@ -409,9 +430,9 @@ BASES = [
     ("https://h\r\nx: y/v1",          "not a URL"),
     ("https://h:99999/v1",            "not a URL"),
     ("http://[::1/v1",                "not a URL"),
-    ("https://h/v1?key=1",            "no query"),
-    ("https://h/v1#a",                "no query"),
-    ("https://me:pw@h/v1",            "no query"),
+    ("https://h/v1?key=1",            "no fragment"),
+    ("https://h/v1#a",                "no fragment"),
+    ("https://me:pw@h/v1",            "no fragment"),
 ]
 # fmt: on
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -541,7 +542,7 @@ REFUSED = [
     (OWN + "class = 'gatway'",
      f"3: providers.m.class: {WORD}first-party-api, "),
     (OWN + "auth = 'basic'",
-     f"3: providers.m.auth: {WORD}native, bearer, got "),
+     f"3: providers.m.auth: {WORD}native, bearer, api-key, got "),
     (OWN + "protocol_endpoints = {chat = 'https://x/v1'}",
      f"3: providers.m.protocol_endpoints.chat: {WORD}chat_completions, responses, "),
     (OWN + "compatibility.chat_completions.token_limit_field = 'max'",
@@ -1139,6 +1140,7 @@ CHECKS: dict[str, Callable[[Any, Any], bool]] = {
     # what each keyword asks of a value, and what is asked of the values inside it
     "type":     is_type,
     "enum":     lambda value, words: value in words,
+    "pattern":  lambda value, regex: isinstance(value, str) and bool(re.search(regex, value)),
     "const":    lambda value, wanted: value == wanted and type(value) is type(wanted),
     "minimum":  lambda value, least: not is_type(value, "number") or value >= least,
     "maximum":  lambda value, most: not is_type(value, "number") or value <= most,
@@ -1289,7 +1291,7 @@ ORIGINS = {  # ... for a value that may be shown or hidden
     "inherit_defaults":                       (False,         "c.toml:1"),
     "server.workers":                         (2,             "c.toml:3"),
     "server.base_path":                       ("/here",       "c.toml:4, from WHERE"),
-    "server.allowed_hosts":                   (["a", "here"], "c.toml:5"),
+    "server.allowed_hosts":                   (["a", "here"], "c.toml:5, from WHERE"),
     "server.listen":                          ("127.0.0.1:4356", "default"),
     "upstream.retry.max":                     (1,             "c.toml:7"),
     "upstream.retry.base_ms":                 (250,           "default"),
@@ -1645,3 +1647,8 @@ def test_lines_in_a_wrong_order_never_raise(first: int) -> None:
         assert isinstance(found, Loaded)
         assert all(said.startswith("bitrouter.toml") for said in found.problems)
         list(bitrouter.settings_of(found))
+
+
+@pytest.mark.parametrize("text", ['[server]\nauth = "${AUTH:-none}"', "[presets.p]\noutput = ''"])
+def test_a_word_may_come_from_a_variable_or_be_the_default(text: str) -> None:
+    assert list(misfits(tomllib.loads(text), SCHEMA)) == []

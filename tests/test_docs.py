@@ -70,7 +70,7 @@ def curl(words: list[str], port: int) -> str:
     assert path != url
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     connection.request("POST" if data else "GET", path, data, headers)
-    body = connection.getresponse().read().decode()
+    body = connection.getresponse().read().decode().replace("\r\n", "\n")  # as a terminal shows it
     connection.close()
     return body if body.endswith("\n") else body + "\n"
 

@@ -248,7 +248,7 @@ def test_an_account_that_cools_down_misses_its_turn() -> None:
 def test_what_is_remembered_of_failures_is_bounded() -> None:
     health, (first, _) = Health(RULES), chain_of()
     for n in range(bitrouter._MAX_HEALTH + 50):
-        first.model = f"m{n}"
+        first = replace(first, model=f"m{n}")
         health.failed(first, BROKEN, 1.0)
     assert len(health._records) == bitrouter._MAX_HEALTH
     for n in range(1000):

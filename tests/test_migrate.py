@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from support import Ran, router_of
 
+import bitrouter
 from bitrouter import (
     CHAT_OP,
     Migration,
@@ -63,7 +64,10 @@ type = "{kind}"
 
 NAMED = 'model_name = "n"'
 NO_KEY = 'api_key_location = "none"'
+DEPLOYMENT = "openai/deployments/n?api-version=2025-04-01-preview"
 LIMIT = {"chat_completions": {"token_limit_field": "max_completion_tokens"}}
+AZURE = {"derives": "azure", "auth": "api-key", "api_protocol": "chat_completions",
+         "compatibility": LIMIT}  # fmt: skip
 PLAIN_LIMIT = {"chat_completions": {"token_limit_field": "max_tokens"}}
 # fmt: off
 PROVIDERS: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -92,11 +96,10 @@ PROVIDERS: list[tuple[str, str, str, dict[str, Any]]] = [
       "api_protocol": "messages"}),
     ("google_ai_studio_gemini", NAMED, "google", {}),
     ("azure", 'deployment_id = "n"\nendpoint = "https://x.openai.azure.com/"', "p",
-     {"api_key": "${AZURE_API_KEY}", "api_base": "https://x.openai.azure.com/openai/v1",
-      "derives": "azure", "compatibility": LIMIT}),
+     {"api_key": "${AZURE_API_KEY}", "api_base": f"https://x.openai.azure.com/{DEPLOYMENT}",
+      **AZURE}),
     ("azure", 'deployment_id = "n"\nendpoint = "env::AZURE_URL"', "p",
-     {"api_key": "${AZURE_API_KEY}", "api_base": "${AZURE_URL}/openai/v1",
-      "derives": "azure", "compatibility": LIMIT}),
+     {"api_key": "${AZURE_API_KEY}", "api_base": f"${{AZURE_URL}}/{DEPLOYMENT}", **AZURE}),
     ("groq", NAMED, "groq", {}),
     ("mistral", NAMED, "mistral", {}),
     ("deepseek", NAMED, "deepseek", {}),
@@ -333,8 +336,31 @@ NOT_CARRIED = [
     ("clickhouse.disable_automatic_migrations = true", "info", "no database"),
     ("metrics.ok = {type = 'boolean', level = 'inference'}", "warning", "feedback loop"),
     ("evaluations.e.type = 'inference'", "warning", "feedback loop"),
-    ("rate_limiting.enabled = true", "warning", "limits"),
-    ("gateway.export.otlp.traces.enabled = true", "warning", "OpenTelemetry"),
+    (
+        "rate_limiting.rules = [{always = true, tokens_per_hour = 5}]",
+        "warning",
+        "tokens_per_hour for everybody: no such limit is shipped yet",
+    ),
+    (
+        "rate_limiting.rules = [{priority = 1, tokens_per_minute = 5, scope = [{tag_key = 'u'}]}]",
+        "warning",
+        "tokens_per_minute by ",
+    ),
+    ("rate_limiting.default_cost = 2.0", "warning", "limits of cost"),
+    ("rate_limiting.foo = 1", "unknown", "no such key"),
+    ("gateway.export.otlp.traces.enabled = true", "note", "port 4318, not 4317"),
+    (
+        "gateway.export.otlp.traces = {enabled = true, format = 'openinference'}",
+        "warning",
+        "openinference: spans follow",
+    ),
+    ("gateway.export.otlp.traces.foo = 1", "unknown", "no such key"),
+    ("gateway.export.otlp.foo.enabled = true", "unknown", "no such key"),
+    (
+        "gateway.metrics.tensorzero_inference_latency_overhead_seconds_buckets = [1.0]",
+        "info",
+        "GET /metrics",
+    ),
     ("gateway.auth.enabled = true", "note", "new ones"),
     ("gateway.bind_address = '0.0.0.0:3000'", "note", "not loopback"),
     ("gateway.foo = 1", "unknown", "no such key"),
@@ -476,3 +502,39 @@ def test_the_command_writes_a_file_and_a_report(tmp_path: Path, run: Callable[..
 def test_files_that_cannot_be_read_exit_with_2(args: list[str], run: Callable[..., Ran]) -> None:
     status, out, err = run(*MIGRATE, *args)
     assert (status, out) == (2, "") and args[0] in err and "Traceback" not in err
+
+
+def test_where_traces_went_they_go_on_to() -> None:
+    text = """
+[gateway.export.otlp.traces]
+enabled = true
+extra_headers = {authorization = "Bearer t"}
+include_content = true
+"""
+    moved = migrate_tensorzero([("t.toml", text)], lambda *_: "")
+    told = tomllib.loads(moved.text)["otel"]
+    assert told == {
+        "metrics": False, "content": "full", "headers": {"authorization": "Bearer t"},
+    }  # fmt: skip
+    settings = bitrouter.otel_of(parse_config(moved.text, {}).config, {})
+    assert settings.metrics is None and settings.content
+    assert settings.traces and settings.traces.url == "http://localhost:4318/v1/traces"
+    off = migrate_tensorzero(
+        [("t.toml", text.replace("= true\nextra", "= false\nextra"))], lambda *_: ""
+    )
+    assert "otel" not in tomllib.loads(off.text)
+
+
+def test_a_limit_for_everybody_is_that_of_the_only_provider() -> None:
+    rule = "{always = true, model_inferences_per_minute = 60, tokens_per_minute = 900}"
+    text = f"{one_model('openai', NAMED)}\n[rate_limiting]\nrules = [{rule}]\n"
+    moved = migrate_tensorzero([("t.toml", text)], lambda *_: "")
+    [provider] = tomllib.loads(moved.text)["providers"].values()
+    assert provider["rate_limits"] == {
+        "*": {"requests_per_minute": 60, "tokens_per_minute": 900},
+    }  # fmt: skip
+    assert moved.is_clean and not parse_config(moved.text, {}).problems
+    second = one_model("groq", NAMED).replace("models.", "models.z")
+    two = text.replace("[rate_limiting]", f"{second}\n[rate_limiting]")
+    moved = migrate_tensorzero([("t.toml", two)], lambda *_: "")
+    assert not moved.is_clean and "rate_limits" not in moved.text

@@ -649,7 +649,7 @@ PRESETS: list[tuple[str, list[str], str, str, dict[str, Any]]] = [
     ("@bare/cc/n:latency",   ["cc:n"],                "latency",    "Bare.",  {}),
     ("@inner",               ["cc:n"],                "throughput", "Inner.", {"seed": 2,
                                                                                "top_p": 0.5}),
-    ("@inner:latency",       ["cc:n"],                "throughput", "Inner.", {"seed": 2,
+    ("@inner:latency",       ["cc:n"],                "latency",    "Inner.", {"seed": 2,
                                                                                "top_p": 0.5}),
     ("@plain",               ["aa:only-aa"],          "balanced",   "",       {"seed": 7}),
 ]

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import bitrouter
-from bitrouter import Errand, auth_required, caller_keys, parse_config
+from bitrouter import Errand, Signal, auth_required, caller_keys, parse_config
 
 
 def begin(work: Coroutine[Any, Any, None]) -> Errand:
@@ -109,6 +109,39 @@ async def test_a_future_wakes_who_waits_for_it_with_its_failure() -> None:
     future.set_exception(ZeroDivisionError())
     await errand.finished()
     assert got == ["failed", "went on"]
+
+
+async def test_a_signal_wakes_an_errand_at_once() -> None:
+    signal, failing = Signal(), Signal()
+    got, other = list[Any](), list[Any]()
+    begin(wait_for(signal, got))  # type: ignore[arg-type]
+    begin(wait_for(failing, other))  # type: ignore[arg-type]
+    signal.set_result(None)
+    failing.set_exception(ZeroDivisionError())
+    assert (got, other) == ([None, None], ["failed"])
+
+
+async def test_an_errand_that_waits_for_a_signal_can_be_cancelled() -> None:
+    signal, seen = Signal(), list[str]()
+
+    async def work() -> None:
+        try:
+            await signal
+        finally:
+            seen.append("unwound")
+
+    begin(work()).cancel()
+    assert (seen, signal.cancelled()) == (["unwound"], True)
+
+
+async def test_a_task_waits_for_a_signal_as_for_any_future() -> None:
+    signal, got = Signal(), list[Any]()
+    task = asyncio.get_running_loop().create_task(wait_for(signal, got))  # type: ignore[arg-type]
+    await turns()
+    signal.set_result(None)
+    assert got == []
+    await task
+    assert got == [None, None, "went on"]
 
 
 async def test_a_task_can_be_waited_for() -> None:

@@ -167,6 +167,7 @@ def events(written: io.StringIO) -> list[str]:
     return [json.loads(line)["event"] for line in written.getvalue().splitlines()]
 
 
+@pytest.mark.usefixtures("tmp_path")  # a server writes in its home
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains_and_ends_the_process(number: int) -> None:
     written, listening = io.StringIO(), asyncio.Event()
@@ -181,6 +182,7 @@ async def test_a_signal_drains_and_ends_the_process(number: int) -> None:
     assert events(written) == ["draining", "stopped"]
 
 
+@pytest.mark.usefixtures("tmp_path")  # a server writes in its home
 async def test_a_second_signal_does_not_wait_for_answers(provider: Any) -> None:
     written, ports = io.StringIO(), list[int]()
     async with provider(Reply(hangs=True)) as up:

@@ -74,6 +74,28 @@ async def test_who_can_count_is_asked_to(hop: Any, pair: str) -> None:
     assert {"max_tokens", "stream", "store", "max_output_tokens"}.isdisjoint(seen.json())
 
 
+@pytest.mark.parametrize("pair", NATIVE)
+async def test_a_count_is_explained_as_it_is_asked_for(hop: Any, pair: str) -> None:
+    name, _ = NATIVE[pair]
+    async with hop(pair, Reply(body=COUNTED[pair[1]]), name=name, model=f"{name}/m") as h:
+        body = request_of(h.client, TEXT) | ({} if h.client == "G" else {"model": h.model})
+        answer = await h.caller.post(
+            COUNT_PATHS[h.client].format(model=h.model), body, x_bitrouter_explain="1"
+        )
+        [seen] = h.up.seen
+    first = json.loads(answer.headers["x-bitrouter-explain"])["first"]
+    assert (first["url"], first["body"]) == (h.up.base + seen.path, seen.json())
+
+
+async def test_a_count_that_nobody_makes_is_explained_as_an_estimate(hop: Any) -> None:
+    async with hop("MC", Reply(body={})) as h:
+        body = request_of("M", TEXT) | {"model": h.model}
+        answer = await h.caller.post(COUNT_PATHS["M"], body, x_bitrouter_explain="1")
+        assert not h.up.seen
+    first = json.loads(answer.headers["x-bitrouter-explain"])["first"]
+    assert "nothing is sent" in first["error"]
+
+
 WRITTEN_AS: dict[str, Callable[[Any], Any]] = {
     "M": lambda sent: (sent["system"], sent["tools"][0]["name"]),
     "G": lambda sent: (
@@ -194,6 +216,15 @@ async def test_openai_s_texts_are_a_batch_at_google(hop: Any) -> None:
         ("embedding", 1, VECTORS[1]),
     ]
     assert body["usage"]["prompt_tokens"] == body["usage"]["total_tokens"] >= 1
+
+
+async def test_embeddings_elsewhere_are_explained_as_they_are_sent(hop: Any) -> None:
+    async with hop("CG", Reply(body=GOOGLE_VECTORS)) as h:
+        body = {"model": h.model, "input": ["one", "two"]}
+        answer = await h.caller.post("/v1/embeddings", body, x_bitrouter_explain="1")
+        [seen] = h.up.seen
+    first = json.loads(answer.headers["x-bitrouter-explain"])["first"]
+    assert (first["url"], first["body"]) == (h.up.base + seen.path, seen.json())
 
 
 async def test_one_text_is_a_batch_of_one(hop: Any) -> None:

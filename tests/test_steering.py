@@ -899,6 +899,7 @@ async def test_the_faster_of_two_answers_and_the_other_is_cancelled(
     async with hedged(HANGS, fast, OK, protocol=protocol) as f:
         answer = await f.ask(**more)
         assert (answer.status, answer.headers["x-bitrouter-provider"]) == (200, "b")
+        assert answer.headers["x-bitrouter-attempts"] == "2"  # both were asked, one was heard
         if not streams:
             assert answer.json() == SPOKEN[protocol].answer
         await hung_up(f.ups[0])
@@ -969,6 +970,8 @@ async def test_when_both_fail_one_error_names_both(
         assert answer.status == status
         said = answer.json()["error"]["message"]
         assert "all 2 attempts failed" in said
+        assert answer.headers["x-bitrouter-attempts"] == "2"
+        assert f.gw.lines()[-1]["attempts"] == 2
         assert f"a answered {first.status}" in said and f"b answered {second.status}" in said
         assert answer.headers.get("retry-after") == ("5" if status == 429 else None)
         assert len(f.gw.lines("attempt_failed")) == 2
@@ -1005,6 +1008,23 @@ async def test_who_is_cancelled_for_being_slower_is_not_blamed(hedged: Any) -> N
         for _ in range(6):
             assert await f.served() == "b"
         assert f.gw.app.health.cooling(0.0) == {} and f.counts == [6, 6]
+
+
+async def test_who_only_loses_for_as_long_as_an_answer_may_take_is_out_of_order(
+    hedged: Any,
+) -> None:
+    soon = "timeouts = {first_token_s = 0.05}"
+    async with hedged(HANGS, OK, own={"a": soon}) as f:
+        health = f.gw.app.health
+        while not health.cooling(0.0):
+            assert await f.served() == "b"
+        asked = f.counts[0]
+        assert 3 <= asked < 30  # one loss says nothing, and some thrice as long says enough
+        assert await f.served() == "b" and f.counts[0] == asked
+    async with hedged([HANGS, OK] * 6, OK, own={"a": soon}) as f:
+        for _ in range(12):
+            await f.served()
+        assert not f.gw.app.health.cooling(0.0)
 
 
 async def test_who_hangs_is_known_to_be_slow_after_a_lost_race(hedged: Any) -> None:
@@ -1740,6 +1760,26 @@ async def test_keys_go_along_with_a_reload_that_is_asked_for(server: Any, provid
         assert "next start" in (await s.said("configuration"))["event"]
         assert (await s.served("m")).status == 404  # all but the address has changed
         assert await s.stop(signal.SIGINT) == 0
+
+
+async def test_a_reload_takes_no_keys_that_nobody_named(server: Any, provider: Any) -> None:
+    async with provider(OK) as up, server() as s:
+        s.environ["GROQ_API_KEY"] = "sk-of-the-service"
+        text = one_provider(f"{up.base}/v1", "${TEAM_KEY:-none}")
+        s.write(text + "[providers.mistral]\nparams = {seed = 1}\n")
+        await s.start()
+        more = {"OPENAI_API_KEY": "sk-of-the-admin", "MISTRAL_API_KEY": "sk-for-the-team"}
+        more |= {"GROQ_API_KEY": "sk-rotated-for-all", "TEAM_KEY": "sk-team-two", "PATH2": "x"}
+        wanted = (await s.asked("GET", "/variables")).json()["names"]
+        assert {"GROQ_API_KEY", "MISTRAL_API_KEY", "TEAM_KEY", "GROQ_BASE_URL"} <= {*wanted}
+        assert not {"OPENAI_API_KEY", "PATH2"} & {*wanted}
+        status, told, _ = await s.run("reload", **more)
+        assert (status, told["reloaded"]) == (0, True)
+        active = (await s.asked("GET", "/status")).json()["active"]
+        assert set(active) == {"groq", "mistral", "up"}
+        body = json.dumps(more).encode()
+        assert (await s.asked("POST", "/reload", body=body)).json()["reloaded"] is True
+        assert "openai" not in (await s.asked("GET", "/status")).json()["active"]
 
 
 async def test_commands_without_a_server_say_so(server: Any) -> None:

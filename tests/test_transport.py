@@ -208,6 +208,26 @@ async def test_what_is_forgotten_does_not_expire() -> None:
     assert not forgotten.expired.is_set()
 
 
+@dataclass(eq=False)
+class Waker(Thing):
+    other: Waker | None = None
+
+    def expire(self, now: float) -> None:
+        super().expire(now)
+        assert self.other is not None
+        self.other.deadline = now + 60  # put to use by what this one set going
+
+
+async def test_what_an_expiry_puts_to_use_does_not_expire_in_the_same_sweep() -> None:
+    async with sweeping() as sweeper:
+        one, other = Waker(sweeper, sweeper.now), Waker(sweeper, sweeper.now)
+        one.other, other.other = other, one
+        sweeper.watch(one)
+        sweeper.watch(other)
+        await asyncio.sleep(0.02)
+    assert one.expired.is_set() != other.expired.is_set()
+
+
 async def test_deadlines_that_come_to_pass_later_are_seen_too() -> None:
     async with sweeping() as sweeper:
         thing = Thing(sweeper, sweeper.now + 0.02)
