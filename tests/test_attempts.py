@@ -28,6 +28,7 @@ from support import (
     named_event,
     request_bytes,
     stream,
+    until,
 )
 
 CHAT_PATH = "/v1/chat/completions"
@@ -192,12 +193,6 @@ def no(status: int, message: str = "no", code: str | None = None, **headers: str
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     error = {"message": message, "type": "some_error", "param": None, "code": code}
     return Reply(status=status, body={"error": error}, headers=named)
-
-
-async def until(found: Callable[[], Any]) -> Any:
-    while not (value := found()):  # noqa: ASYNC110  what we wait for has no event
-        await asyncio.sleep(0.005)
-    return value
 
 
 # Which failures are worth another target.

@@ -9,7 +9,7 @@ import random
 import re
 import socket
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,10 +24,12 @@ from support import (
     Reply,
     ask,
     every_cut,
+    lazy_caller,
     named_event,
     request_bytes,
     slices,
     stream,
+    until,
 )
 
 import bitrouter
@@ -38,12 +40,6 @@ HEAD = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
 )
 GEMINI = "/v1beta/models/google/gemini-2.5-flash:streamGenerateContent"
-
-
-async def until(true: Callable[[], Any]) -> None:
-    """Wait for something that nobody announces; the test's own deadline bounds it."""
-    while not true():  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
 
 
 def echo(text: str = "Hi") -> bytes:
@@ -736,12 +732,9 @@ async def test_a_stream_that_flows_needs_no_sign_of_life(
 
 
 @asynccontextmanager
-async def lazy_caller(gw: Any) -> AsyncIterator[socket.socket]:
-    """A caller that reads only when told to, over sockets that hold next to nothing."""
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, ("127.0.0.1", gw.port))
+async def choked_caller(gw: Any) -> AsyncIterator[socket.socket]:
+    """A lazy caller, over sockets that hold next to nothing."""
+    async with lazy_caller(gw.port, 4096) as sock:
         await until(lambda: gw.listener.connections)
         only_transport(gw).get_extra_info("socket").setsockopt(
             socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
@@ -764,7 +757,7 @@ async def read_to_end(sock: socket.socket) -> bytes:
 
 async def test_requests_wait_while_their_caller_reads_no_answers(gateway: Any) -> None:
     loop, last = asyncio.get_running_loop(), HEALTH[:-2] + b"connection: close\r\n\r\n"
-    async with gateway() as gw, lazy_caller(gw) as sock:
+    async with gateway() as gw, choked_caller(gw) as sock:
         await loop.sock_sendall(sock, HEALTH * 999 + last)
         await until(lambda: only_connection(gw).slow)
         assert only_transport(gw).get_write_buffer_size() < 100_000
@@ -777,7 +770,7 @@ async def test_a_stream_waits_while_its_caller_reads_no_answers(
     async with (
         provider(stream(*CHAT_STREAM)) as up,
         gateway(environ=openai_env(up)) as gw,
-        lazy_caller(gw) as sock,
+        choked_caller(gw) as sock,
     ):
         first = request_bytes("POST", CHAT, echo("x" * 200_000))
         then = request_bytes("POST", CHAT, ask(stream=True), connection="close")
@@ -790,7 +783,7 @@ async def test_a_stream_waits_while_its_caller_reads_no_answers(
 
 async def test_a_caller_that_reads_slowly_is_not_cut(gateway: Any) -> None:
     loop, text = asyncio.get_running_loop(), "x" * 300_000
-    async with gateway() as gw, lazy_caller(gw) as sock:
+    async with gateway() as gw, choked_caller(gw) as sock:
         raw = request_bytes("POST", CHAT, echo(text), connection="close")
         await loop.sock_sendall(sock, raw)
         await until(lambda: only_connection(gw).slow)
@@ -803,7 +796,7 @@ async def test_a_caller_that_reads_slowly_is_not_cut(gateway: Any) -> None:
 
 
 async def test_a_closing_connection_that_nobody_reads_is_dropped_in_the_end(gateway: Any) -> None:
-    async with gateway() as gw, lazy_caller(gw) as sock:
+    async with gateway() as gw, choked_caller(gw) as sock:
         raw = request_bytes("POST", CHAT, echo("x" * 50_000), connection="close")
         await asyncio.get_running_loop().sock_sendall(sock, raw)
         await until(lambda: only_transport(gw).is_closing())

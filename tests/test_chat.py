@@ -8,13 +8,16 @@ import io
 import json
 import wave
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
+from support import state_after
 
 from bitrouter import (
     CHAT,
     PCM,
+    RESPONSES,
     AnswerLabel,
     ApiProtocol,
     BadRequest,
@@ -22,6 +25,7 @@ from bitrouter import (
     Block,
     Choice,
     Citation,
+    Codec,
     Content,
     Delta,
     Finish,
@@ -56,12 +60,7 @@ from bitrouter import (
     parts_of,
 )
 
-
-def noted(*chunks: Any) -> StreamState:
-    state = StreamState()
-    for chunk in chunks:
-        CHAT.note(state, chunk)
-    return state
+noted = partial(state_after, CHAT)
 
 
 def delta(finish: str | None = None, **fields: Any) -> dict[str, Any]:
@@ -171,12 +170,16 @@ ERRORS = [
 ]
 
 
+OPENAI = pytest.mark.parametrize("codec", [CHAT, RESPONSES], ids=["chat", "responses"])
+
+
+@OPENAI
 @pytest.mark.parametrize(("kind", "status", "word"), ERRORS)
-def test_an_error_has_openai_s_shape(kind: Kind, status: int, word: str) -> None:
+def test_an_error_has_openai_s_shape(codec: Codec, kind: Kind, status: int, word: str) -> None:
     error = UpstreamError("said", status=status, kind=kind, code="c", param="p")
     shape = {"message": "said", "type": word, "param": "p", "code": "c"}
-    assert CHAT.render_error(error) == {"error": shape}
-    assert CHAT.render_status(error) == status
+    assert codec.render_error(error) == {"error": shape}
+    assert codec.render_status(error) == status
 
 
 def test_all_four_keys_are_there_even_when_one_says_nothing() -> None:
@@ -189,8 +192,9 @@ def test_further_facts_go_beside_the_message() -> None:
     assert error["variable"] == "K" and error["message"] == "said"
 
 
-def test_openai_knows_no_529() -> None:
-    assert CHAT.render_status(UpstreamError("x", status=529, kind=Kind.OVERLOADED)) == 503
+@OPENAI
+def test_openai_knows_no_529(codec: Codec) -> None:
+    assert codec.render_status(UpstreamError("x", status=529, kind=Kind.OVERLOADED)) == 503
 
 
 PARSED = [
@@ -233,39 +237,6 @@ STANDS_FOR = [
 def test_an_error_in_a_stream_stands_for_its_status(error: Any, status: int) -> None:
     state = noted({"error": {"message": "m", **error}})
     assert state.error is not None and state.error.status == status
-
-
-STRICT = {
-    "one": b'data: {"a":1}\n\n',
-    "two": b'data: {"a":1}\n\ndata: {"b":2}\n\n',
-}
-NOT_STRICT = {
-    "CRLF": b'data: {"a":1}\r\n\r\n',
-    "no space": b'data:{"a":1}\n\n',
-    "an event line": b'event: x\ndata: {"a":1}\n\n',
-    "an id line": b'id: 1\ndata: {"a":1}\n\n',
-    "an id line later": b'data: {"a":1}\n\nid: 1\ndata: {"a":1}\n\n',
-    "an id line last": b'data: {"a":1}\nid: 1\n\n',
-    "two data lines": b'data: {"a":\ndata: 1}\n\n',
-    "two data lines, each with braces": b'data: {"a":{}\ndata: }\n\n',
-    "a comment": b': c\n\ndata: {"a":1}\n\n',
-    "the end mark": b'data: {"a":1}\n\ndata: [DONE]\n\n',
-    "a blank line too many": b'data: {"a":1}\n\n\n',
-    "a blank line missing": b'data: {"a":1}\n',
-    "not an object": b"data: 1\n\n",
-    "an object that is cut off": b'data: {"a"\n\n',
-    "a bare CR": b'data: {"a":1}\r\rdata: {"a":1}\n\n',
-}
-
-
-@pytest.mark.parametrize("block", STRICT.values(), ids=STRICT)
-def test_the_form_that_all_sdks_read_is_strict(block: bytes) -> None:
-    assert CHAT.strict(block)
-
-
-@pytest.mark.parametrize("block", NOT_STRICT.values(), ids=NOT_STRICT)
-def test_any_other_form_is_not(block: bytes) -> None:
-    assert not CHAT.strict(block)
 
 
 def test_a_framed_event_is_one_data_line() -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support import router_of
 
 from bitrouter import (
     CHAT_OP,
@@ -23,16 +24,13 @@ from bitrouter import (
     Meter,
     Needs,
     RateLimit,
-    Router,
     Speed,
     Target,
     UpstreamBroken,
     UpstreamKeyRefused,
     Wishes,
-    active_providers,
     choose,
     needs_of,
-    parse_config,
     rooms_in,
     session_of,
     share_of,
@@ -76,15 +74,15 @@ candidates = [
   {model = "aa:m", weight = 6}, {model = "bb:m", weight = 3}, {model = "cc:m", weight = 1},
 ]
 fallbacks = ["cc:other"]
+[presets.either]
+candidates = [{model = "aa:m", weight = 3}, {model = "bb:m"}]
 """
 NOW = 10_000.0
 
 
 class Fleet:
     def __init__(self, **environ: str) -> None:
-        loaded = parse_config(FLEET, environ)
-        assert loaded.problems == []
-        self.router = Router(loaded.config, active_providers(loaded.config, environ)[0])
+        self.router = router_of(FLEET, environ)
         self.health = Health(Breaker(failures=3, window_s=60, cooldown_s=30))
 
     def choose(
@@ -378,6 +376,13 @@ def test_every_later_turn_of_a_conversation_has_the_key_of_the_first(
     assert named.goes_on
 
 
+def test_what_a_tool_was_asked_and_said_is_a_later_turn() -> None:
+    first = {"input": [responses_turn("user", "Hello")]}
+    later = [{"type": "function_call", "name": "f"}, {"type": "function_call_output"}]
+    gone_on = {"input": [*first["input"], *later]}
+    assert session_of({}, gone_on, "me") == session_of({}, first, "me")._replace(goes_on=True)
+
+
 def test_conversations_that_begin_otherwise_have_other_keys() -> None:
     bodies: list[dict[str, Any]] = [
         HELLO,
@@ -558,6 +563,9 @@ def test_a_ranking_says_what_it_is_founded_on() -> None:
     assert said["t:throughput"][key] == "42 tokens per second"
     assert said["t:cost"][key] == "$1 per million tokens"
     assert said["t:latency"][new] == said["t:throughput"][new] == "not measured yet"
+    prices = fleet.choose("m:cost").notes
+    assert prices[fleet.target("bb").key] == "$1.25 per million tokens"  # three to one
+    assert prices[fleet.target("cc").key] == "its price is not known"
 
 
 def test_a_requests_own_order_goes_before_any_ranking() -> None:
@@ -647,6 +655,8 @@ def test_candidates_are_drawn_by_weight_and_the_same_number_draws_the_same() -> 
     assert all(set(draw) == set("abc") for draw in draws)
     assert draws == [drawn(n / 1000) for n in range(1000)]
     assert drawn(0.999999999) == "cbac"  # and the fallback
+    either = [fleet.order("@either", draw=lambda n=n: n / 400) for n in range(400)]
+    assert Counter(either) == {"ab": 300, "ba": 100}
 
 
 def test_the_fallbacks_of_a_preset_come_after_every_candidate() -> None:
@@ -781,9 +791,7 @@ def test_accounts_have_a_limit_each() -> None:
     toml = FLEET.replace(
         "[providers.bb]", '[providers.bb]\nrate_limits = {"m*" = {requests_per_minute = 1}}'
     )
-    loaded = parse_config(toml, {})
-    router = Router(loaded.config, active_providers(loaded.config, {})[0])
-    one, two = router.resolve("bb:m", CHAT_OP).chain
+    one, two = router_of(toml).resolve("bb:m", CHAT_OP).chain
     limits = Limits()
     limits.take(one, 1, 0.0)
     assert (limits.wait_s(one, 1, 1.0), limits.wait_s(two, 1, 1.0)) == (59.0, 0.0)
@@ -954,6 +962,9 @@ ROOMS: list[tuple[dict[str, str], list[tuple[str, float, float, float]]]] = [
     (openai("requests", "inf"),                        []),
     (openai("requests", 0, 10, ""),                    []),
     (openai("images", 0),                              []),
+    (openai("requests", "nan"),                        []),
+    (openai("requests", 0, 10, "soon"),                []),
+    ({"x-ratelimit-remaining-requests": "0"},          []),
     ({},                                               []),
 ]
 # fmt: on
@@ -1002,6 +1013,17 @@ def test_who_has_next_to_nothing_left_goes_after_the_others_until_its_reset(
     assert fleet.health.room(NOW + 1)["aa/m"]
     assert fleet.order("m", now=NOW + 31) == "abc"
     assert not fleet.health.is_near_limit(target, NOW + 31) and fleet.health.room(NOW + 31) == {}
+    assert not fleet.health.troubled
+
+
+def test_requests_that_are_on_their_way_count_against_what_is_left() -> None:
+    fleet = Fleet()
+    target = fleet.target("aa")
+    fleet.health.saw(target, openai("requests", 4), NOW, WALL)
+    for _ in range(2):
+        assert not fleet.health.is_near_limit(target, NOW + 1)
+        fleet.health.begin(target, NOW + 1, 5.0)
+    assert fleet.health.is_near_limit(target, NOW + 1)
 
 
 def test_the_newest_word_of_a_vendor_counts() -> None:

@@ -14,6 +14,7 @@ from bitrouter import (
     CODECS,
     GEMINI_VERBS,
     GENERATE_PATHS,
+    MESSAGES,
     OPERATIONS,
     ApiProtocol,
     Codec,
@@ -472,3 +473,88 @@ def test_google_s_retry_info_counts_when_no_header_says_more() -> None:
     body = google(429, "RESOURCE_EXHAUSTED", "said", {"retryDelay": "37s"})
     assert refused(GC, 429, body).retry_after_s == 37.0
     assert refused(GC, 429, body, {"retry-after": "2"}).retry_after_s == 2.0
+
+
+# The form of events that all SDKs of a protocol read, and near misses.
+
+NAMED_STRICT = {
+    "one": b'event: a\ndata: {"a":1}\n\n',
+    "two": b'event: a\ndata: {"a":1}\n\nevent: b\ndata: {"b":1}\n\n',
+}
+NAMED_NOT_STRICT = {
+    "no event line": b'data: {"a":1}\n\n',
+    "one without an event line": b'event: a\ndata: {"a":1}\n\ndata: {"b":1}\n\n',
+    "CRLF": b'event: a\r\ndata: {"a":1}\r\n\r\n',
+    "no space": b'event: a\ndata:{"a":1}\n\n',
+    "no space after event": b'event:a\ndata: {"a":1}\n\n',
+    "data first": b'data: {"a":1}\nevent: a\n\n',
+    "a bare CR": b'event: a\ndata: {"a":\r1}\n\n',
+    "an id line": b'event: a\ndata: {"a":1}\nid: 1\n\n',
+    "an id line first": b'id: 1\nevent: a\ndata: {"a":1}\n\n',
+    "two data lines": b'event: a\ndata: {"a":\ndata: 1}\n\n',
+    "a comment": b': c\n\nevent: a\ndata: {"a":1}\n\n',
+    "no data": b'event: a\n\nevent: b\ndata: {"b":1}\n\n',
+    "[DONE]": b'event: a\ndata: {"a":1}\n\ndata: [DONE]\n\n',
+}
+STRICT: dict[ApiProtocol, dict[str, bytes]] = {
+    CC: {
+        "one": b'data: {"a":1}\n\n',
+        "two": b'data: {"a":1}\n\ndata: {"b":2}\n\n',
+    },
+    RE: NAMED_STRICT,
+    ME: {**NAMED_STRICT, "a ping": MESSAGES.heartbeat, "the end mark": MESSAGES.end_mark},
+    GC: {
+        "CRLF": b'data: {"a":1}\r\n\r\n',
+        "two in CRLF": b'data: {"a":1}\r\n\r\ndata: {"a":2}\r\n\r\n',
+        "LF": b'data: {"a":1}\n\n',
+    },
+}
+NOT_STRICT: dict[ApiProtocol, dict[str, bytes]] = {
+    CC: {
+        "CRLF": b'data: {"a":1}\r\n\r\n',
+        "no space": b'data:{"a":1}\n\n',
+        "an event line": b'event: x\ndata: {"a":1}\n\n',
+        "an id line": b'id: 1\ndata: {"a":1}\n\n',
+        "an id line later": b'data: {"a":1}\n\nid: 1\ndata: {"a":1}\n\n',
+        "an id line last": b'data: {"a":1}\nid: 1\n\n',
+        "two data lines": b'data: {"a":\ndata: 1}\n\n',
+        "two data lines, each with braces": b'data: {"a":{}\ndata: }\n\n',
+        "a comment": b': c\n\ndata: {"a":1}\n\n',
+        "the end mark": b'data: {"a":1}\n\ndata: [DONE]\n\n',
+        "a blank line too many": b'data: {"a":1}\n\n\n',
+        "a blank line missing": b'data: {"a":1}\n',
+        "not an object": b"data: 1\n\n",
+        "an object that is cut off": b'data: {"a"\n\n',
+        "a bare CR": b'data: {"a":1}\r\rdata: {"a":1}\n\n',
+    },
+    RE: NAMED_NOT_STRICT,
+    ME: NAMED_NOT_STRICT,
+    GC: {
+        "no space": b'data:{"a":1}\r\n\r\n',
+        "an event line": b'event: x\r\ndata: {"a":1}\r\n\r\n',
+        "an id line": b'data: {"a":1}\r\nid: 1\r\n\r\n',
+        "two data lines": b'data: {"a":\r\ndata: 1}\r\n\r\n',
+        "a comment": b': c\r\n\r\ndata: {"a":1}\r\n\r\n',
+        "[DONE]": b'data: {"a":1}\r\n\r\ndata: [DONE]\r\n\r\n',
+        "bare CR": b'data: {"a":1}\r\r',
+        "a bare CR among CRLF": b'data: {"a":1}\r\n\r\ndata: {"a":\r1}\r\n\r\n',
+    },
+}
+
+
+def forms(table: dict[ApiProtocol, dict[str, bytes]]) -> list[Any]:
+    return [
+        pytest.param(protocol, raw, id=f"{protocol}-{how}")
+        for protocol, by_name in table.items()
+        for how, raw in by_name.items()
+    ]
+
+
+@pytest.mark.parametrize(("protocol", "raw"), forms(STRICT))
+def test_the_form_that_all_sdks_read_is_strict(protocol: ApiProtocol, raw: bytes) -> None:
+    assert CODECS[protocol].strict(raw)
+
+
+@pytest.mark.parametrize(("protocol", "raw"), forms(NOT_STRICT))
+def test_any_other_form_is_not(protocol: ApiProtocol, raw: bytes) -> None:
+    assert not CODECS[protocol].strict(raw)

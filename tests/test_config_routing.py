@@ -4,7 +4,6 @@ them and where; the schema of the file, what is in force, and the commands that 
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
 import tomllib
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pytest
+from support import Ran
 from test_config import FULL, SECRETS
 
 import bitrouter
@@ -603,6 +603,14 @@ REFUSED = [
      "2: presets.p.model: nobody serves a model \"zzz\"; "),
     ("[presets.p]\nmodel = '@q'",
      "2: presets.p.model: expected a model, not a preset"),
+    ("[presets.p]\nmodel = 'opnai/gpt-4o'",
+     "2: presets.p.model: there is no provider 'opnai'; did you mean openai?"),
+    (PRESET + "params = {stream = true}",
+     "3: presets.p.params.stream: only the request itself can say this"),
+    (PRESET + "params = {temperature = nan}",
+     "3: presets.p.params.temperature: expected JSON"),
+    (PRESET + "params = {tools = 'x'}",
+     "3: presets.p.params: tools: expected"),
     ("[presets.p]\nmodel = 'smrt'\n" + CHAIN.replace("models.s", "models.smart"),
      "2: presets.p.model: nobody serves a model \"smrt\"; did you mean smart?"),
     (PRESET + "fallbacks = ['gpt-4o', 'zzz']",
@@ -1364,36 +1372,6 @@ def test_all_that_the_file_says_is_shown() -> None:
 # The command line.
 
 
-class Ran(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-@pytest.fixture
-def run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., Ran]:
-    """A command in this process, with a file and an environment of its own."""
-
-    def command(*args: str, text: str | None = None, **environ: str) -> Ran:
-        with monkeypatch.context() as patch:
-            for name in list(os.environ):
-                patch.delenv(name)
-            for name, value in {"HOME": str(tmp_path), **environ}.items():
-                patch.setenv(name, value)
-            if text is not None:
-                (tmp_path / "c.toml").write_text(text)
-                args = (*args, "-c", "c.toml")
-            status = bitrouter.main(list(args))
-        return Ran(status, *capsys.readouterr())
-
-    return command
-
-
 def test_a_file_is_validated_with_all_its_counts(run: Callable[..., Ran]) -> None:
     ran = run("config", "validate", text=IN_FORCE)
     facts = ran.json()
@@ -1477,97 +1455,6 @@ def test_no_key_is_printed_with_a_problem(text: str, run: Callable[..., Ran]) ->
     for command in (("config", "show"), ("config", "validate"), ("models",)):
         ran = run(*command, text=text)
         assert ran.status == 1 and HELD not in ran.out + ran.err
-
-
-# Which models are listed.
-
-OFFER = """
-inherit_defaults = false
-[providers.big]
-api_base = "http://big/v1"
-[[providers.big.models]]
-id = "seer"
-capabilities = ["image_input", "tools"]
-context = 200000
-pricing = {input = 4, output = 8}
-[[providers.big.models]]
-id = "talker"
-capabilities = ["audio_output"]
-context = 32000
-pricing = {input = 0.5, output = 1}
-[providers.small]
-api_base = "http://small/v1"
-[[providers.small.models]]
-id = "reader"
-capabilities = ["file_input", "reasoning"]
-context = 8000
-pricing = {input = 0, output = 0}
-[[providers.small.models]]
-id = "unknown"
-"""
-
-# fmt: off
-FILTERS: list[tuple[tuple[str, ...], set[str]]] = [
-    ((),                                      {"seer", "talker", "reader", "unknown"}),
-    (("-p", "big"),                           {"seer", "talker"}),
-    (("--provider", "small"),                 {"reader", "unknown"}),
-    (("--capability", "tools"),               {"seer"}),
-    (("--capability", "reasoning"),           {"reader"}),
-    (("--capability", "video_input"),         set()),
-    (("--modality", "text"),                  {"seer", "talker", "reader", "unknown"}),
-    (("--modality", "image"),                 {"seer"}),
-    (("--modality", "audio"),                 {"talker"}),
-    (("--modality", "pdf"),                   {"reader"}),
-    (("--max-price", "0"),                    {"reader"}),
-    (("--max-price", "0.5"),                  {"reader", "talker"}),
-    (("--max-price", "3.99"),                 {"reader", "talker"}),
-    (("--max-price", "4"),                    {"reader", "talker", "seer"}),
-    (("--min-context", "8001"),               {"talker", "seer"}),
-    (("--min-context", "32000"),              {"talker", "seer"}),
-    (("--min-context", "1000000"),            set()),
-    (("-p", "big", "--max-price", "1"),       {"talker"}),
-    (("--modality", "image", "--min-context", "9", "--capability", "tools"), {"seer"}),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize(("args", "wanted"), FILTERS)
-def test_models_are_narrowed(
-    args: tuple[str, ...], wanted: set[str], run: Callable[..., Ran]
-) -> None:
-    rows = run("models", *args, text=OFFER).json()["models"]
-    assert {row["id"].rpartition("/")[2] for row in rows} - {"echo"} == wanted
-
-
-def test_a_model_of_the_file_is_listed_as_it_says(run: Callable[..., Ran]) -> None:
-    [row] = [row for row in run("models", text=OFFER).json()["models"] if "seer" in row["id"]]
-    assert (row["providers"], row["context"]) == (["big"], 200000)
-    assert sorted(row["capabilities"]) == ["image_input", "tools"]
-    assert (row["usd_per_million_input"], row["usd_per_million_output"]) == (4, 8)
-
-
-# fmt: off
-NO_FILTERS = [
-    (("-p", "bgi"),                           "--provider: 'bgi' is not known; "),
-    (("--capability", "tool"),
-     "--capability: 'tool' is not known; did you mean tools"),
-    (("--capability", "zzz"),
-     "--capability: 'zzz' is not known; known are tools, "),
-    (("--modality", "imge"),
-     "--modality: 'imge' is not known; did you mean image"),
-    (("--max-price", "cheap"),                "--max-price: expected a number, got 'cheap'"),
-    (("--max-price=-1",),                     "--max-price: expected a number, got '-1'"),
-    (("--min-context", "1e5"),                "--min-context: expected a number, got '1e5'"),
-]
-# fmt: on
-
-
-@pytest.mark.parametrize(("args", "said"), NO_FILTERS)
-def test_a_filter_that_makes_no_sense_is_an_error(
-    args: tuple[str, ...], said: str, run: Callable[..., Ran]
-) -> None:
-    status, out, err = run("models", *args, text=OFFER)
-    assert (status, out) == (1, "") and err.startswith(f"bitrouter: {said}")
 
 
 # Random configurations: each valid, until one line of it is changed.
@@ -1723,7 +1610,7 @@ def spoiled(rng: random.Random, line: Line) -> Line:
     return line._replace(text=f"{before}{key} = {wrong}")
 
 
-@pytest.mark.parametrize("first", range(0, 400, SOME))
+@pytest.mark.parametrize("first", range(0, 240, SOME))
 def test_a_line_that_is_spoiled_is_told_by_its_number(first: int) -> None:
     for seed in range(first, first + SOME):
         rng, lines = generated(seed)
@@ -1736,7 +1623,7 @@ def test_a_line_that_is_spoiled_is_told_by_its_number(first: int) -> None:
         assert any(name in said for said in read(as_json(text), "c.json").problems)
 
 
-@pytest.mark.parametrize("first", range(0, 200, SOME))
+@pytest.mark.parametrize("first", range(0, 120, SOME))
 def test_many_lines_that_are_spoiled_are_all_told(first: int) -> None:
     for seed in range(first, first + SOME):
         rng, lines = generated(seed)

@@ -9,49 +9,48 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import Answer, Reply, chat_chunk, named_event, request_bytes, stream
-from test_acceptance import (
+from support import (
     CLAUDE,
     CROSS,
+    LIST_OF,
     PAIRS,
     PROTOCOLS,
     SMART,
     TOOL,
     USED,
+    Answer,
     Call,
     Hop,
+    Reply,
     Thought,
+    after,
     answer_of,
     begun_of,
     blocks_of,
     chat_after,
+    chat_chunk,
     chat_message_of,
     events_of,
     gemini_event,
     heard,
-    hops,
     last_error,
+    lazy_caller,
+    named_event,
     path_of,
     provider_toml,
+    pusher,
+    request_bytes,
     request_of,
     responses_items_of,
     says,
+    stalled,
+    stream,
+    turn_after,
+    until,
     warned,
 )
-from test_transport import lazy_caller, pusher, stalled
 
 import bitrouter
-
-
-@pytest.fixture
-def hop(provider: Any, gateway: Any) -> Callable[..., Any]:
-    return hops(provider, gateway)
-
-
-async def until(found: Callable[[], Any]) -> Any:
-    while not (value := found()):  # noqa: ASYNC110  what we wait for has no event
-        await asyncio.sleep(0.005)
-    return value
 
 
 def forget(h: Hop) -> None:
@@ -62,39 +61,6 @@ def forget(h: Hop) -> None:
 # Envelopes of ours on the way to a target of the caller's own protocol.
 
 STATE = "c3RhdGUgb2YgdGhlIG1vZGVs"
-
-
-def turn_after(client: str, answer: Answer) -> list[dict[str, Any]]:
-    """What a client of a protocol sends back of an answer that called f, and the call's result."""
-    body = answer.json()
-    match client:
-        case "C":
-            said = body["choices"][0]["message"]
-            ident = said["tool_calls"][0]["id"]
-            return [said, {"role": "tool", "tool_call_id": ident, "content": "4"}]
-        case "R":
-            [call] = [item for item in body["output"] if item["type"] == "function_call"]
-            told = {"type": "function_call_output", "call_id": call["call_id"], "output": "4"}
-            return [*body["output"], told]
-        case "M":
-            [call] = [block for block in body["content"] if block["type"] == "tool_use"]
-            result = {"type": "tool_result", "tool_use_id": call["id"], "content": "4"}
-            said = {"role": "assistant", "content": body["content"]}
-            return [said, {"role": "user", "content": [result]}]
-    content = body["candidates"][0]["content"]
-    [call] = [part["functionCall"] for part in content["parts"] if "functionCall" in part]
-    told = {"name": call["name"], "id": call["id"], "response": {"output": "4"}}
-    return [content, {"role": "user", "parts": [{"functionResponse": told}]}]
-
-
-LIST_OF = {"C": "messages", "R": "input", "M": "messages", "G": "contents"}
-
-
-def after(client: str, answer: Answer, **more: Any) -> dict[str, Any]:
-    """A request that goes on from an answer."""
-    name, body = LIST_OF[client], request_of(client, **more)
-    first = [{"role": "user", "content": "hi"}] if client == "R" else body[name]
-    return {**body, name: [*first, *turn_after(client, answer)]}
 
 
 async def two_turns(
@@ -1127,7 +1093,7 @@ async def test_who_speaks_of_functions_hears_of_them_in_a_stream(hop: Any) -> No
 
 # Time, and what the answer costs.
 
-IMPATIENT = "[upstream]\ntimeouts = {first_token_s = 0.05, idle_s = 0.05, total_s = 0.05}\n"
+IMPATIENT = "[upstream]\ntimeouts = {first_token_s = 0.02, idle_s = 0.02, total_s = 0.02}\n"
 
 
 @pytest.mark.parametrize("pair", CROSS)

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import FakeProvider, Reply, ask
-from test_acceptance import crossed, heard, hops, provider_toml, request_of, says
+from support import FakeProvider, Reply, ask, crossed, heard, provider_toml, request_of, says
 
 import bitrouter
 from bitrouter import BadRequest, fetch_media, is_public
@@ -422,11 +421,6 @@ async def test_a_redirection_to_nowhere_is_no_media(host: Any) -> None:
 
 
 # In a request.
-
-
-@pytest.fixture
-def hop(provider: Any, gateway: Any) -> Callable[..., Any]:
-    return hops(provider, gateway)
 
 
 def image_at(client: str, url: str) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
+from support import state_after
 
 from bitrouter import (
     GEMINI,
@@ -50,12 +52,7 @@ from bitrouter import (
     seal,
 )
 
-
-def noted(*chunks: Any) -> StreamState:
-    state = StreamState()
-    for chunk in chunks:
-        GEMINI.note(state, chunk)
-    return state
+noted = partial(state_after, GEMINI)
 
 
 def said(*parts: Any, **more: Any) -> dict[str, Any]:
@@ -215,33 +212,6 @@ def test_a_wait_is_told_as_retry_info_and_reads_back(wait_s: float, told: str) -
     assert body["error"]["details"][1]["retryDelay"] == told
     facts = GEMINI.parse_error(body)
     assert facts is not None and facts.retry_after_s == wait_s
-
-
-STRICT = {
-    "CRLF": b'data: {"a":1}\r\n\r\n',
-    "two in CRLF": b'data: {"a":1}\r\n\r\ndata: {"a":2}\r\n\r\n',
-    "LF": b'data: {"a":1}\n\n',
-}
-NOT_STRICT = {
-    "no space": b'data:{"a":1}\r\n\r\n',
-    "an event line": b'event: x\r\ndata: {"a":1}\r\n\r\n',
-    "an id line": b'data: {"a":1}\r\nid: 1\r\n\r\n',
-    "two data lines": b'data: {"a":\r\ndata: 1}\r\n\r\n',
-    "a comment": b': c\r\n\r\ndata: {"a":1}\r\n\r\n',
-    "[DONE]": b'data: {"a":1}\r\n\r\ndata: [DONE]\r\n\r\n',
-    "bare CR": b'data: {"a":1}\r\r',
-    "a bare CR among CRLF": b'data: {"a":1}\r\n\r\ndata: {"a":\r1}\r\n\r\n',
-}
-
-
-@pytest.mark.parametrize("block", STRICT.values(), ids=STRICT)
-def test_the_form_that_all_sdks_read_is_strict(block: bytes) -> None:
-    assert GEMINI.strict(block)
-
-
-@pytest.mark.parametrize("block", NOT_STRICT.values(), ids=NOT_STRICT)
-def test_any_other_form_is_not(block: bytes) -> None:
-    assert not GEMINI.strict(block)
 
 
 def test_a_framed_event_is_one_data_line_that_ends_in_crlf() -> None:

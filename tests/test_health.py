@@ -8,21 +8,19 @@ import threading
 from dataclasses import replace
 
 import pytest
+from support import router_of
 
 import bitrouter
 from bitrouter import (
     CHAT_OP,
     Breaker,
     Health,
-    Router,
     Target,
     UpstreamBroken,
     UpstreamError,
     UpstreamKeyRefused,
     UpstreamLimited,
     UpstreamNoCredit,
-    active_providers,
-    parse_config,
 )
 
 RULES = Breaker(failures=3, window_s=60.0, cooldown_s=30.0)
@@ -35,10 +33,7 @@ def chain_of(
     model: str = "openai/gpt-4o", toml: str = "", environ: dict[str, str] | None = None
 ) -> tuple[Target, ...]:
     environ = BOTH if environ is None else environ
-    loaded = parse_config(toml, environ)
-    assert not loaded.problems
-    active, _ = active_providers(loaded.config, environ)
-    return Router(loaded.config, active).resolve(model, CHAT_OP).chain
+    return router_of(toml, environ).resolve(model, CHAT_OP).chain
 
 
 def limited(retry_after_s: float) -> UpstreamError:
@@ -150,33 +145,33 @@ def test_a_later_failure_does_not_shorten_the_wait() -> None:
     assert health.cooling_s(first, 2) == 99
 
 
-def test_one_request_at_a_time_probes() -> None:
+def probing() -> tuple[Health, Target, Target]:
+    """The first of two targets has failed, rested, and is probed from 33 on for 5 s at the most."""
     health, (first, second) = Health(RULES), chain_of()
     fail(health, first, 1, 2, 3)
     health.begin(first, 33, 5)
+    return health, first, second
+
+
+def test_one_request_at_a_time_probes() -> None:
+    health, first, second = probing()
     assert health.cooling_s(first, 34) == 4
     assert health.order((first, second), 34) == (second, first)
 
 
 def test_a_probe_that_is_never_heard_of_again_gives_way_to_another() -> None:
-    health, (first, _) = Health(RULES), chain_of()
-    fail(health, first, 1, 2, 3)
-    health.begin(first, 33, 5)
+    health, first, _ = probing()
     assert health.cooling_s(first, 38) == 0
 
 
 def test_a_second_attempt_does_not_prolong_the_probe() -> None:
-    health, (first, _) = Health(RULES), chain_of()
-    fail(health, first, 1, 2, 3)
-    health.begin(first, 33, 5)
+    health, first, _ = probing()
     health.begin(first, 36, 5)
     assert health.cooling_s(first, 36) == 2
 
 
 def test_a_probe_that_succeeds_closes_the_breaker() -> None:
-    health, (first, _) = Health(RULES), chain_of()
-    fail(health, first, 1, 2, 3)
-    health.begin(first, 33, 5)
+    health, first, _ = probing()
     health.succeeded(first)
     assert health.cooling_s(first, 33) == 0 and health.cooling(33) == {}
     fail(health, first, 34, 35)
@@ -190,9 +185,7 @@ def test_a_probe_that_fails_opens_it_again_at_once() -> None:
 
 
 def test_a_probe_that_is_abandoned_says_nothing() -> None:
-    health, (first, _) = Health(RULES), chain_of()
-    fail(health, first, 1, 2, 3)
-    health.begin(first, 33, 5)
+    health, first, _ = probing()
     health.abandoned(first)
     assert health.cooling_s(first, 33) == 0
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
-from support import every_cut, read_wire, slices, wire_names
+from support import read_wire, slices, telling_cuts, wire_names
 
 from bitrouter import (
     CODECS,
@@ -215,7 +215,7 @@ ANSWERED = [name for name in wire_names() if {"stream", "answer"} <= read_wire(n
 def test_an_answer_is_the_same_whole_and_streamed_wherever_it_is_cut(name: str) -> None:
     protocol, raw = protocol_of(name), stream_of(name)
     answer = whole(protocol, json.loads(read_wire(name)["answer"]))
-    cuts = {events_in(pieces) for pieces in [*every_cut(raw), slices(raw, 1)]}
+    cuts = {events_in(pieces) for pieces in [*telling_cuts(raw), slices(raw, 1)]}
     assert [streamed(protocol, events) for events in cuts] == [answer]
 
 

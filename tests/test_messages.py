@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
-from support import named_event, read_wire
+from support import named_event, read_wire, state_after
 
 from bitrouter import (
     MESSAGES,
@@ -49,12 +50,7 @@ from bitrouter import (
     seal,
 )
 
-
-def noted(*events: Any) -> StreamState:
-    state = StreamState()
-    for event in events:
-        MESSAGES.note(state, event)
-    return state
+noted = partial(state_after, MESSAGES)
 
 
 def start(**usage: Any) -> dict[str, Any]:
@@ -226,36 +222,6 @@ def test_an_error_has_anthropic_s_shape(kind: Kind, status: int, word: str) -> N
 def test_an_overloaded_503_is_anthropic_s_529_and_any_other_is_not() -> None:
     assert MESSAGES.render_status(UpstreamError("x", status=503, kind=Kind.OVERLOADED)) == 529
     assert MESSAGES.render_status(UpstreamError("x", status=503)) == 503
-
-
-STRICT = {
-    "one": b'event: a\ndata: {"a":1}\n\n',
-    "two": b'event: a\ndata: {"a":1}\n\nevent: b\ndata: {"b":1}\n\n',
-    "a ping": MESSAGES.heartbeat,
-    "the end mark": MESSAGES.end_mark,
-}
-NOT_STRICT = {
-    "no event line": b'data: {"a":1}\n\n',
-    "one without an event line": b'event: a\ndata: {"a":1}\n\ndata: {"b":1}\n\n',
-    "CRLF": b'event: a\r\ndata: {"a":1}\r\n\r\n',
-    "no space": b'event: a\ndata:{"a":1}\n\n',
-    "data first": b'data: {"a":1}\nevent: a\n\n',
-    "an id line": b'event: a\ndata: {"a":1}\nid: 1\n\n',
-    "two data lines": b'event: a\ndata: {"a":\ndata: 1}\n\n',
-    "a comment": b': c\n\nevent: a\ndata: {"a":1}\n\n',
-    "no data": b'event: a\n\nevent: b\ndata: {"b":1}\n\n',
-    "[DONE]": b'event: a\ndata: {"a":1}\n\ndata: [DONE]\n\n',
-}
-
-
-@pytest.mark.parametrize("raw", STRICT.values(), ids=STRICT)
-def test_the_form_that_all_sdks_read_is_strict(raw: bytes) -> None:
-    assert MESSAGES.strict(raw)
-
-
-@pytest.mark.parametrize("raw", NOT_STRICT.values(), ids=NOT_STRICT)
-def test_any_other_form_is_not(raw: bytes) -> None:
-    assert not MESSAGES.strict(raw)
 
 
 NAMED = [

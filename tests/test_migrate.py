@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import random
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import Ran, router_of
 
 import bitrouter
 from bitrouter import (
     CHAT_OP,
     Migration,
     MigrationError,
-    Router,
-    active_providers,
     migrate_tensorzero,
     parse_config,
     preset_name,
@@ -318,9 +318,7 @@ def test_functions_become_presets_and_their_variants_candidates() -> None:
 
 def test_what_was_migrated_can_be_asked_for() -> None:
     environ = dict.fromkeys(("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "GEMINI_API_KEY"), "k")
-    loaded = parse_config(moved(FUNCTIONS).text, environ)
-    assert not loaded.problems
-    router = Router(loaded.config, active_providers(loaded.config, environ)[0])
+    router = router_of(moved(FUNCTIONS).text, environ)
     chain = router.resolve("@answer", CHAT_OP).chain
     assert [target.preset for target in chain] == ["answer.a", "answer.b", "answer.c"]
     assert chain[0].shape.system == "You are terse. Costs ${5}."
@@ -477,13 +475,10 @@ def written(tree: dict[str, Any]) -> str:
 # --- the command
 
 
-def run(capsys: Any, *args: str) -> tuple[int, str, str]:
-    status = bitrouter.main(["migrate", "tensorzero", *args])
-    told = capsys.readouterr()
-    return status, told.out, told.err
+MIGRATE = ("migrate", "tensorzero")
 
 
-def test_the_command_writes_a_file_and_a_report(tmp_path: Path, capsys: Any) -> None:
+def test_the_command_writes_a_file_and_a_report(tmp_path: Path, run: Callable[..., Ran]) -> None:
     folder = tmp_path / "config"
     folder.mkdir()
     for name, text in FILES.items():
@@ -491,21 +486,21 @@ def test_the_command_writes_a_file_and_a_report(tmp_path: Path, capsys: Any) -> 
     (folder / "a.toml").write_text(FUNCTIONS)
     (folder / "b.toml").write_text("[metrics.m]\ntype = 'float'\n")
     pattern = str(folder / "**" / "*.toml")
-    status, out, err = run(capsys, pattern, "-o", "new.toml", "--report", "report.md")
+    status, out, err = run(*MIGRATE, pattern, "-o", "new.toml", "--report", "report.md")
     assert (status, out) == (3, "") and "1 warnings" in err
     assert parse_config((tmp_path / "new.toml").read_text(), {}).problems == []
     report = (tmp_path / "report.md").read_text()
     assert "metrics`: needs TensorZero" in report and "`@answer`" in report
-    assert run(capsys, pattern, "--check")[:2] == (3, "")
-    assert run(capsys, pattern, "--strict", "-o", "no.toml")[0] == 1
+    assert run(*MIGRATE, pattern, "--check")[:2] == (3, "")
+    assert run(*MIGRATE, pattern, "--strict", "-o", "no.toml")[0] == 1
     assert not (tmp_path / "no.toml").exists()
-    status, out, _ = run(capsys, str(folder / "a.toml"), "--json")
+    status, out, _ = run(*MIGRATE, str(folder / "a.toml"), "--json")
     assert status == 0 and json.loads(out)["converted"]["presets"] == 8
 
 
 @pytest.mark.parametrize("args", [["nowhere.toml"], ["*.nothing"]])
-def test_files_that_cannot_be_read_exit_with_2(args: list[str], capsys: Any) -> None:
-    status, out, err = run(capsys, *args)
+def test_files_that_cannot_be_read_exit_with_2(args: list[str], run: Callable[..., Ran]) -> None:
+    status, out, err = run(*MIGRATE, *args)
     assert (status, out) == (2, "") and args[0] in err and "Traceback" not in err
 
 

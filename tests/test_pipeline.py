@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -21,6 +20,7 @@ from support import (
     ask,
     request_bytes,
     stream,
+    until,
 )
 
 CHAT, MESSAGES, RESPONSES = "/v1/chat/completions", "/v1/messages", "/v1/responses"
@@ -54,12 +54,6 @@ def front(provider: Any, gateway: Any) -> Callable[..., Any]:
                 yield Front(up, gw, caller)
 
     return start
-
-
-async def until(found: Callable[[], Any]) -> Any:
-    while not (value := found()):  # noqa: ASYNC110  what we wait for has no event
-        await asyncio.sleep(0.005)
-    return value
 
 
 def told(answer: Answer) -> tuple[str, str]:

@@ -12,10 +12,10 @@ from support import (
     DONE,
     MESSAGES_STREAM,
     chat_chunk,
-    every_cut,
     named_event,
     read_wire,
     slices,
+    telling_cuts,
     wire_names,
 )
 
@@ -50,7 +50,7 @@ def passed(relay: StreamRelay, pieces: Iterable[bytes]) -> bytes:
 
 
 def cuts(data: bytes) -> list[Iterable[bytes]]:
-    return [*every_cut(data), list(slices(data, 1)), list(slices(data, 100))]
+    return [*telling_cuts(data), list(slices(data, 1)), list(slices(data, 100))]
 
 
 def data_of(raw: bytes) -> list[Any]:
@@ -73,10 +73,15 @@ GOOGLE_RAW = google("Ha") + google("lló 🧊") + google("", finishReason="STOP"
 
 
 @pytest.mark.parametrize("name", WIRES)
-def test_a_stream_passes_byte_for_byte_wherever_it_is_cut(name: str) -> None:
-    raw = stream_of(name)
+def test_wherever_a_stream_is_cut_it_passes_whole_and_is_understood(name: str) -> None:
+    raw, seen = stream_of(name), json.loads(read_wire(name)["seen"])
+    usage = Usage(*seen["usage"]) if seen["usage"] else None
     for pieces in cuts(raw):
-        assert passed(relay_of(name), pieces) == raw
+        relay = relay_of(name)
+        assert passed(relay, pieces) == raw
+        state = relay.state
+        assert (state.finished, state.ended) == (seen["finished"], seen["ended"])
+        assert (state.usage, state.error and state.error.message) == (usage, seen.get("error"))
 
 
 @pytest.mark.parametrize("name", WIRES)
@@ -88,18 +93,6 @@ def test_nothing_goes_out_before_there_is_substance(name: str) -> None:
         opened.append(relay.open)
         assert bool(out) is relay.open
     assert opened.index(True) + 1 == opens_at
-
-
-@pytest.mark.parametrize("name", WIRES)
-def test_a_stream_s_end_error_and_usage_are_seen_at_every_cut(name: str) -> None:
-    raw, seen = stream_of(name), json.loads(read_wire(name)["seen"])
-    usage = Usage(*seen["usage"]) if seen["usage"] else None
-    for pieces in cuts(raw):
-        relay = relay_of(name)
-        passed(relay, pieces)
-        state = relay.state
-        assert (state.finished, state.ended) == (seen["finished"], seen["ended"])
-        assert (state.usage, state.error and state.error.message) == (usage, seen.get("error"))
 
 
 @pytest.mark.parametrize("name", [n for n in WIRES if n.startswith("gemini/")])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pytest
-from support import named_event, read_wire
+from support import named_event, read_wire, state_after
 
 from bitrouter import (
     RESPONSES,
@@ -22,7 +23,6 @@ from bitrouter import (
     Finish,
     Finished,
     Gatherer,
-    Kind,
     Loss,
     Losses,
     Media,
@@ -55,11 +55,7 @@ from bitrouter import (
 BROKEN = UpstreamError("the line went dead", code="upstream_disconnected")
 
 
-def noted(*events: Any) -> StreamState:
-    state = StreamState()
-    for event in events:
-        RESPONSES.note(state, event)
-    return state
+noted = partial(state_after, RESPONSES)
 
 
 def item(kind: str, **more: Any) -> dict[str, Any]:
@@ -165,56 +161,6 @@ def test_an_error_in_a_stream_stands_for_its_status(event: Any) -> None:
 )
 def test_a_failure_that_says_nothing_is_a_failure(event: Any) -> None:
     assert noted(event).error is not None
-
-
-ERRORS = [
-    (Kind.INVALID_REQUEST, 400, "invalid_request_error"),
-    (Kind.RATE_LIMIT, 429, "rate_limit_error"),
-    (Kind.OVERLOADED, 503, "service_unavailable_error"),
-    (Kind.BAD_GATEWAY, 502, "server_error"),
-]
-
-
-@pytest.mark.parametrize(("kind", "status", "word"), ERRORS)
-def test_an_error_has_openai_s_shape(kind: Kind, status: int, word: str) -> None:
-    error = UpstreamError("said", status=status, kind=kind, code="c", param="p")
-    shape = {"message": "said", "type": word, "param": "p", "code": "c"}
-    assert RESPONSES.render_error(error) == {"error": shape}
-    assert RESPONSES.render_status(error) == status
-
-
-def test_openai_knows_no_529() -> None:
-    assert RESPONSES.render_status(UpstreamError("x", status=529, kind=Kind.OVERLOADED)) == 503
-
-
-STRICT = {
-    "one": b'event: a\ndata: {"a":1}\n\n',
-    "two": b'event: a\ndata: {"a":1}\n\nevent: b\ndata: {"b":1}\n\n',
-}
-NOT_STRICT = {
-    "no event line": b'data: {"a":1}\n\n',
-    "one without an event line": b'event: a\ndata: {"a":1}\n\ndata: {"b":1}\n\n',
-    "CRLF": b'event: a\r\ndata: {"a":1}\r\n\r\n',
-    "no space": b'event: a\ndata:{"a":1}\n\n',
-    "no space after event": b'event:a\ndata: {"a":1}\n\n',
-    "data first": b'data: {"a":1}\nevent: a\n\n',
-    "an id line": b'event: a\ndata: {"a":1}\nid: 1\n\n',
-    "an id line first": b'id: 1\nevent: a\ndata: {"a":1}\n\n',
-    "two data lines": b'event: a\ndata: {"a":\ndata: 1}\n\n',
-    "a comment": b': c\n\nevent: a\ndata: {"a":1}\n\n',
-    "no data": b'event: a\n\nevent: b\ndata: {"b":1}\n\n',
-    "an end mark": b'event: a\ndata: {"a":1}\n\ndata: [DONE]\n\n',
-}
-
-
-@pytest.mark.parametrize("block", STRICT.values(), ids=STRICT)
-def test_the_form_that_all_sdks_read_is_strict(block: bytes) -> None:
-    assert RESPONSES.strict(block)
-
-
-@pytest.mark.parametrize("block", NOT_STRICT.values(), ids=NOT_STRICT)
-def test_any_other_form_is_not(block: bytes) -> None:
-    assert not RESPONSES.strict(block)
 
 
 NAMED = [

@@ -13,12 +13,22 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import CHAT_ANSWER, CHAT_STREAM, Answer, Caller, Reply, ask, request_bytes, stream
+from support import (
+    CHAT_ANSWER,
+    CHAT_STREAM,
+    Answer,
+    Caller,
+    Reply,
+    ask,
+    request_bytes,
+    stream,
+    until,
+)
 
 import bitrouter
 
@@ -26,12 +36,6 @@ CHAT = "/v1/chat/completions"
 KEY = "br-secret-caller-key"
 KEYS = {"BITROUTER_KEYS": KEY}
 REQUIRED = '[server]\nauth = "required"\n'
-
-
-async def until(true: Callable[[], Any]) -> None:
-    """Wait for something that nobody announces; the test's own deadline bounds it."""
-    while not true():  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
 
 
 def free_port() -> int:
@@ -163,6 +167,7 @@ def events(written: io.StringIO) -> list[str]:
     return [json.loads(line)["event"] for line in written.getvalue().splitlines()]
 
 
+@pytest.mark.usefixtures("tmp_path")  # a server writes in its home
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_drains_and_ends_the_process(number: int) -> None:
     written, listening = io.StringIO(), asyncio.Event()
@@ -177,6 +182,7 @@ async def test_a_signal_drains_and_ends_the_process(number: int) -> None:
     assert events(written) == ["draining", "stopped"]
 
 
+@pytest.mark.usefixtures("tmp_path")  # a server writes in its home
 async def test_a_second_signal_does_not_wait_for_answers(provider: Any) -> None:
     written, ports = io.StringIO(), list[int]()
     async with provider(Reply(hangs=True)) as up:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support import router_of
 
 from bitrouter import (
     CHAT_OP,
@@ -18,12 +19,9 @@ from bitrouter import (
     Change,
     ChatCompatibility,
     Document,
-    Router,
     Shape,
     Target,
-    active_providers,
     finished,
-    parse_config,
     shaped,
 )
 
@@ -460,6 +458,20 @@ def test_tools_are_said_in_each_protocols_words_and_only_to_who_has_none() -> No
         assert shape_of(own, Shape(TOOLS), protocol)["tool_choice"] == "auto"
 
 
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"],
+          "additionalProperties": False}  # fmt: skip
+
+
+def test_a_format_is_said_in_the_words_of_each_protocol() -> None:
+    wanted = {"name": "r", "strict": True, "schema": SCHEMA}
+    params = {"response_format": {"type": "json_schema", "json_schema": wanted}}
+    told = {protocol: shape_of({}, Shape(params), protocol) for protocol in ApiProtocol}
+    assert told[CC] == params
+    assert told[RE]["text"]["format"]["schema"] == SCHEMA
+    assert told[ME]["output_config"]["format"]["schema"] == SCHEMA
+    assert told[GC]["generationConfig"]["responseJsonSchema"] == SCHEMA
+
+
 # --- system prompts
 
 
@@ -539,6 +551,8 @@ SYSTEMS: list[tuple[Any, ...]] = [
     (GC, {"systemInstruction": "S"}, {"systemInstruction": "S"}, {"systemInstruction": "P\n\nS"},
      gemini("P")),
     (GC, {"systemInstruction": {}}, *[gemini("P")] * 3),
+    (GC, {"systemInstruction": {"role": "user"}}, {"systemInstruction": {"role": "user"}},
+     gemini("P", role="user"), gemini("P")),
     (GC, {"systemInstruction": {"parts": {"text": "S"}}},
      {"systemInstruction": {"parts": {"text": "S"}}}, gemini("P", "S"), gemini("P")),
 ]
@@ -608,10 +622,7 @@ params = {temperature = 0.5}
 
 
 def target_of(model: str, toml: str = LAYERS) -> Target:
-    loaded = parse_config(toml, {})
-    assert loaded.problems == []
-    router = Router(loaded.config, active_providers(loaded.config, {})[0])
-    [target] = router.resolve(model, CHAT_OP).chain
+    [target] = router_of(toml).resolve(model, CHAT_OP).chain
     return target
 
 

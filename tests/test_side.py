@@ -9,23 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from support import Answer, Reply
-from test_acceptance import (
-    PROTOCOLS,
-    TOOL,
-    heard,
-    hops,
-    path_of,
-    request_of,
-    warned,
-)
-from test_exchange import after
-
-
-@pytest.fixture
-def hop(provider: Any, gateway: Any) -> Callable[..., Any]:
-    return hops(provider, gateway)
-
+from support import PROTOCOLS, TOOL, Answer, Reply, after, heard, path_of, request_of, warned
 
 # Counts of tokens.
 

@@ -32,8 +32,9 @@ from support import (
     chat_chunk,
     request_bytes,
     stream,
+    until,
 )
-from test_attempts import CHAT_PATH, SPOKEN, no, until
+from test_attempts import CHAT_PATH, SPOKEN, no
 
 import bitrouter
 
@@ -338,6 +339,25 @@ extra_body = [
         }
 
 
+async def test_a_preset_leaves_alone_what_holds_no_talk(fleet: Any) -> None:
+    async with fleet(OK, toml=SHAPED.replace("MODE", "fill")) as f, f.gw.caller() as caller:
+        body = {"model": "@p", "input": "x", "user": "u"}
+        assert (await caller.post("/v1/embeddings", body)).status == 200
+        assert f.seen.json() == {**body, "model": "m"}
+
+
+async def test_a_count_is_of_what_would_be_sent(provider: Any, gateway: Any) -> None:
+    async with provider(Reply(body={"input_tokens": 7})) as up:
+        own = {"a": 'api_key = "request:x-team-key"'}
+        toml = '[presets.p]\nmodel = "m"\nsystem_prompt = "P"\n'
+        async with gateway(tables([up], ["messages"], own) + toml) as gw, gw.caller() as caller:
+            body = {"model": "@p", "messages": HELLO}
+            answer = await caller.post("/v1/messages/count_tokens", body, x_team_key="sk-mine")
+            assert answer.json() == {"input_tokens": 7}
+        assert up.seen[0].json()["system"] == "P"
+        assert up.seen[0].headers["x-api-key"] == "sk-mine"
+
+
 async def test_each_target_gets_its_own_edits_and_not_those_of_the_one_before(fleet: Any) -> None:
     own = {
         "a": 'extra_body = [{pointer = "/user", delete = true}, {pointer = "/a", value = 1}]\n'
@@ -387,6 +407,31 @@ async def test_a_model_id_may_be_left_out_beside_a_preset_or_models(
             assert await f.served("", **ours) == "a"
         for seen in f.ups[0].seen:
             assert seen.json() == {**said_in(protocol, HELLO), "model": "m"}
+
+
+async def test_a_list_of_models_goes_before_the_one_beside_it(fleet: Any) -> None:
+    async with fleet(OK, OK) as f:
+        assert await f.served("x", models=["b:m", "a:m"]) == "b"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"models": ["m"] * 9}, "models"),
+        ({"models": [3]}, "models"),
+        ({"models": "m", "provider": []}, "provider"),
+        ({"provider": {"only": ["zz"]}}, "provider.only"),
+        ({"preset": "nope"}, "model"),
+        ({"preset": 1}, "preset"),
+    ],
+)
+async def test_wishes_that_make_no_sense_are_refused_before_any_call(
+    fleet: Any, body: dict[str, Any], param: str
+) -> None:
+    async with fleet(OK) as f:
+        answer = await f.ask(**body)
+        assert (answer.status, f.counts) == (400, [0])
+        assert answer.json()["error"]["param"].startswith(param)
 
 
 @pytest.mark.parametrize("model", ["openrouter/x/z", "openrouter:x/z"])
@@ -457,6 +502,20 @@ async def test_the_next_model_streams_after(fleet: Any, failure: str) -> None:
         words = [event["choices"][0]["delta"].get("content", "")
                  for event in answer.events()[:-1] if event["choices"]]  # fmt: skip
         assert "".join(words) == "Hello!" and answer.events()[-1] == "[DONE]"
+
+
+async def test_all_models_of_a_chain_get_the_preset_that_is_asked_for(fleet: Any) -> None:
+    async with fleet(no(500), OK, toml='[presets.p]\nsystem_prompt = "P"\n') as f:
+        assert await f.served("", preset="p", models=["a:m", "b:m"]) == "b"
+        assert system_in(f.ups[1].seen[0].json()) == "P"
+
+
+async def test_the_fallbacks_of_a_preset_come_last(fleet: Any) -> None:
+    toml = SHAPED.replace("MODE", "fill") + 'routing = {ignore = ["b"]}\nfallbacks = ["b:other"]\n'
+    async with fleet(no(500), OK, toml=toml) as f:
+        assert await f.served("@p") == "b"
+        body = f.ups[1].seen[0].json()
+        assert (body["model"], system_in(body)) == ("other", "Be terse.")
 
 
 async def test_nothing_is_tried_elsewhere_after_the_first_token(fleet: Any) -> None:
@@ -670,6 +729,11 @@ async def test_a_conversation_stays_where_its_cache_is_warm_until_that_fails(
         assert f.counts == [5, 4]  # and then nobody asks b first
 
 
+async def test_a_short_prompt_is_cached_nowhere(fleet: Any) -> None:
+    async with fleet([no(500), OK], OK) as f:
+        assert [await f.served(turns=GOING_ON) for _ in range(2)] == ["b", "a"]
+
+
 async def test_a_warm_cache_does_not_widen_a_choice(fleet: Any) -> None:
     async with fleet([no(500), CACHED], CACHED) as f:
         assert await f.served(turns=GOING_ON) == "b"
@@ -737,7 +801,14 @@ async def test_who_was_passed_over_for_a_limit_is_named(fleet: Any) -> None:
         assert "x-bitrouter-skipped" not in first.headers
         assert second.headers["x-bitrouter-skipped"].startswith("a/m (over its limit for ")
         assert second.headers["x-bitrouter-attempts"] == "1"
+        assert "a/m (over its limit" in f.gw.lines()[1]["skipped"]
         assert f.gw.app.health.limits.used(0.0)
+
+
+async def test_limits_are_exact_whatever_is_asked_at_once(fleet: Any) -> None:
+    async with fleet(OK, OK, own={"a": limited(2)}) as f:
+        served = await asyncio.gather(*(f.served() for _ in range(20)))
+        assert Counter(served) == {"a": 2, "b": 18}
 
 
 async def test_streams_and_retries_count_against_a_limit(fleet: Any) -> None:
@@ -850,13 +921,19 @@ async def test_a_first_target_that_answers_late_but_first_cancels_the_second(
 
 
 async def test_of_two_streams_the_caller_sees_one(hedged: Any) -> None:
-    mine = [chat_chunk({"content": word}) for word in ("one ", "two ", "three")]
-    slow = stream(ROLE, None, chat_chunk({"content": "wrong"}), *CHAT_STREAM[3:], gap_s=0.045)
-    async with hedged(slow, stream(ROLE, *mine, *CHAT_STREAM[3:])) as f:
-        answer = await f.ask(stream=True)
-        assert answer.headers["x-bitrouter-provider"] == "b"
-        assert b"".join(mine) in answer.body and b"wrong" not in answer.body
-        await hung_up(f.ups[0])
+    late, go_on = asyncio.Event(), asyncio.Event()
+    words = [chat_chunk({"content": word}) for word in ("one ", "two ", "three")]
+    slow = stream(ROLE, late, chat_chunk({"content": "wrong"}), ending="hang")
+    fast = stream(ROLE, words[0], go_on, *words[1:], *CHAT_STREAM[3:])
+    async with hedged(slow, fast) as f, f.gw.caller() as caller:
+        body = {"model": "m", "messages": HELLO, "stream": True}
+        caller.send(request_bytes("POST", CHAT_PATH, body))
+        assert (await caller.head())[1]["x-bitrouter-provider"] == "b"
+        late.set()
+        await hung_up(f.ups[0])  # while the faster one still streams
+        go_on.set()
+        seen = b"".join([piece async for piece in caller._chunks()])
+        assert b"".join(words) in seen and b"wrong" not in seen and seen.endswith(DONE)
 
 
 async def test_a_hedge_goes_on_down_the_chain(hedged: Any) -> None:
@@ -957,6 +1034,32 @@ async def test_who_hangs_is_known_to_be_slow_after_a_lost_race(hedged: Any) -> N
         assert [len(up.seen) for up in f.ups] == [1, 3]
 
 
+async def test_a_target_that_answers_in_time_is_not_hedged(fleet: Any) -> None:
+    async with fleet(OK, OK, rules=NO_RETRY + "[upstream]\nhedge_after_ms = 5000\n") as f:
+        assert [await f.served() for _ in range(3)] == ["a"] * 3
+        assert f.counts == [3, 0]
+
+
+async def test_a_hedge_that_fails_leaves_the_first_call_alone(hedged: Any) -> None:
+    async with hedged(Reply(body=CHAT_ANSWER, after_s=0.04), no(500)) as f:
+        assert await f.served() == "a"
+        assert f.counts == [1, 1]
+
+
+async def test_the_built_in_model_answers_only_if_nobody_else_has(hedged: Any) -> None:
+    async with hedged(Reply(body=CHAT_ANSWER, after_s=0.04), OK) as f:
+        assert await f.served("", models=["a:m", "echo/echo"]) == "echo"
+        assert await f.served("b:m") == "b"
+
+
+async def test_a_hedge_and_a_pause_ask_nobody_twice(fleet: Any) -> None:
+    late = Reply(body=CHAT_ANSWER, after_s=0.05)
+    rules = NO_RETRY + "[upstream]\nhedge_after_ms = 10\nfallback_backoff_ms = [25]\n"
+    async with fleet(no(500), late, OK, rules=rules) as f:
+        assert await f.served() == "b"
+        assert f.counts == [1, 1, 0]
+
+
 async def test_one_target_alone_is_not_hedged(hedged: Any) -> None:
     async with hedged(Reply(body=CHAT_ANSWER, after_s=0.04), OK) as f:
         assert await f.served("a:m") == "a"
@@ -1033,7 +1136,7 @@ async def test_a_key_of_the_caller_travels_as_the_provider_wants_it(
         assert found == [name]
 
 
-@pytest.mark.parametrize("name", ["openai-team", "x-goog-team", "x-team"])
+@pytest.mark.parametrize("name", ["openai-team", "x-goog-team", "x-team", "x-session-id"])
 async def test_a_key_of_the_caller_goes_to_its_provider_alone(fleet: Any, name: str) -> None:
     own = {"a": f'api_key = "request:{name}"', "b": 'api_key = "sk-of-b"'}
     async with fleet(no(500), OK, own=own) as f:
@@ -1042,6 +1145,8 @@ async def test_a_key_of_the_caller_goes_to_its_provider_alone(fleet: Any, name: 
         first, second = f.ups[0].seen[0], f.ups[1].seen[0]
         assert first.headers["authorization"] == "Bearer sk-mine" and name not in first.headers
         assert "sk-mine" not in str(second.headers)
+        told = json.loads(answer.headers["x-bitrouter-explain"])["first"]["headers"]
+        assert "authorization: Bearer [redacted]" in told
         assert "sk-mine" not in str(answer.headers) + f.gw.written.getvalue()
 
 
@@ -1058,6 +1163,15 @@ async def test_one_caller_s_bad_key_cools_nobody(fleet: Any, refusal: Reply) -> 
             assert await f.served(headers={"x_team": "sk-bad"}) == "b"
         assert await f.served(headers={"x_team": "sk-good"}) == "a"
         assert f.gw.app.health.cooling(0.0) == {}
+
+
+async def test_one_caller_s_limits_are_not_another_s(fleet: Any) -> None:
+    near = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-limit-requests": "60",
+            "x-ratelimit-reset-requests": "1m0s"}  # fmt: skip
+    script = [no(429, retry_after="3600"), Reply(body=CHAT_ANSWER, headers=near), OK]
+    async with fleet(script, OK, own={"a": FROM_CALLER}) as f:
+        served = [await f.served(headers={"x_team": f"sk-{n}"}) for n in range(3)]
+        assert served == ["b", "a", "a"]
 
 
 async def test_a_key_that_is_no_header_text_is_as_good_as_none(fleet: Any) -> None:
@@ -1147,6 +1261,7 @@ async def test_an_explanation_is_bounded(fleet: Any, chars: int) -> None:
         told = json.loads(header)
         assert len(header) <= 8192 and len(told["chain"]) == 2
         assert (told["first"]["body"] is None) is (chars > 8000)
+        assert told["first"].get("body_omitted", False) is (chars > 8000)
 
 
 async def test_an_explanation_is_bounded_as_it_is_written(fleet: Any) -> None:
@@ -1217,6 +1332,26 @@ async def test_a_name_of_a_chain_leads_nowhere_else(
         assert (answer.status, f.counts) == (400, [0])
 
 
+@pytest.mark.parametrize(
+    ("model", "models"),
+    [
+        ("a:..", []),
+        ("a:../x", []),
+        ("@p/a:..", []),
+        ("", ["m", "a:m/../../x"]),
+        ("", ["m", "a:.."]),
+        ("", ["m", ""]),
+        ("", ["m", "x" * 600]),
+    ],
+)
+async def test_no_name_is_a_way_out_of_a_path(fleet: Any, model: str, models: list[str]) -> None:
+    async with fleet(OK, toml='[presets.p]\nmodel = "m"\n') as f:
+        answer = await f.ask(model, **({"models": models} if models else {}))
+        field = "models[1]" if models else "model"
+        assert (answer.status, answer.json()["error"]["param"]) == (400, field)
+        assert f.counts == [0]
+
+
 # A configuration that changes while requests run.
 
 
@@ -1227,43 +1362,19 @@ def configured(f: Fleet, toml: str, environ: dict[str, str] | None = None) -> bi
     return loaded.config
 
 
-class Paced:
-    """A provider whose streams go on when they are told to."""
-
-    def __init__(self) -> None:
-        self.go_on = asyncio.Event()
-        self.asked = 0
-        self.base = ""
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            head = await reader.readuntil(b"\r\n\r\n")
-            size = next(
-                int(line.partition(b":")[2])
-                for line in head.split(b"\r\n")
-                if line.lower().startswith(b"content-length:")
-            )
-            await reader.readexactly(size)
-            self.asked += 1
-            writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
-            writer.write(b"".join(CHAT_STREAM[:2]))
-            await self.go_on.wait()
-            writer.write(b"".join(CHAT_STREAM[2:]))
-            await writer.drain()
-        writer.close()
-
-
 @asynccontextmanager
-async def paced() -> AsyncIterator[Paced]:
-    up = Paced()
-    async with await asyncio.start_server(up.serve, "127.0.0.1", 0) as server:
-        up.base = "http://{}:{}/v1".format(*server.sockets[0].getsockname())
-        yield up
+async def paced(provider: Any) -> AsyncIterator[tuple[FakeProvider, asyncio.Event]]:
+    """A provider whose streams go on when they are told to."""
+    go_on = asyncio.Event()
+    async with provider(stream(*CHAT_STREAM[:2], go_on, *CHAT_STREAM[2:])) as up:
+        yield up, go_on
 
 
-async def test_a_stream_finishes_by_the_configuration_it_began_with(fleet: Any) -> None:
-    table = '[providers.slow]\napi_base = "{}"\nmodels = [{{id = "s"}}]\n'
-    async with paced() as up, fleet(OK, toml=table.format(up.base)) as f:
+async def test_a_stream_finishes_by_the_configuration_it_began_with(
+    fleet: Any, provider: Any
+) -> None:
+    table = '[providers.slow]\napi_base = "{}/v1"\nmodels = [{{id = "s"}}]\n'
+    async with paced(provider) as (up, go_on), fleet(OK, toml=table.format(up.base)) as f:
         async with f.gw.caller() as caller:
             body = {"model": "s", "messages": HELLO, "stream": True}
             caller.send(request_bytes("POST", CHAT_PATH, body))
@@ -1272,7 +1383,7 @@ async def test_a_stream_finishes_by_the_configuration_it_began_with(fleet: Any) 
             f.gw.app.configure(configured(f, NO_RETRY + tables(f.ups, [f.protocol])))
             assert (await f.ask("s")).status == 404
             assert await f.served() == "a"
-            up.go_on.set()
+            go_on.set()
             text = b"".join([piece async for piece in caller._chunks()])
             assert text.endswith(DONE) and b"lo!" in text
         await until(lambda: len(f.gw.lines()) == 3)
@@ -1331,6 +1442,21 @@ async def test_a_new_key_is_tried_at_once_and_only_where_it_is_new(fleet: Any) -
         assert f.ups[0].seen[-1].headers["authorization"] == "Bearer new"
 
 
+async def test_what_was_found_is_not_used_once_it_is_switched_off(fleet: Any) -> None:
+    async with fleet(OK) as f:
+        app, facts = f.gw.app, bitrouter.PROVIDERS["ollama"]
+        base = dict.fromkeys(facts.bases, f"{f.ups[0].base}/v1")
+        account = bitrouter.Account("", bitrouter.Secret(""), base)
+        models = (bitrouter.DeclaredModel("found"),)
+        provider = bitrouter.ActiveProvider(facts, (account,), "found", models=models, found=True)
+        app.local = {"ollama": provider}
+        app.reroute()
+        assert await f.served("found") == "ollama"
+        for toml in ("[providers.ollama]\nactive = false\n", "inherit_defaults = false\n"):
+            app.configure(configured(f, toml))
+            assert (await f.ask("found")).status in (402, 404)
+
+
 async def test_configurations_that_change_under_load_fail_nobody(fleet: Any) -> None:
     async with fleet(OK, OK, OK) as f:
 
@@ -1354,18 +1480,6 @@ async def test_callers_keys_change_with_the_configuration(fleet: Any) -> None:
         f.gw.app.configure(configured(f, new))
         assert (await f.ask(headers={"x_api_key": "sk-one"})).status == 401
         assert (await f.ask(headers={"x_api_key": "sk-two"})).status == 200
-
-
-async def test_the_slower_call_is_cancelled_while_the_faster_still_streams(hedged: Any) -> None:
-    async with paced() as fast:
-        table = f'[providers.fast]\napi_base = "{fast.base}"\nmodels = [{{id = "s"}}]\n'
-        async with hedged(HANGS, toml=table) as f, f.gw.caller() as caller:
-            body = {"models": ["a:m", "fast:s"], "messages": HELLO, "stream": True}
-            caller.send(request_bytes("POST", CHAT_PATH, body))
-            assert (await caller.head())[1]["x-bitrouter-provider"] == "fast"
-            await hung_up(f.ups[0])
-            fast.go_on.set()
-            assert b"".join([piece async for piece in caller._chunks()]).endswith(DONE)
 
 
 # Upstreams that die and come back.
@@ -1465,7 +1579,13 @@ async def test_no_caller_sees_a_failure_while_one_target_is_well(gateway: Any, h
 # A server of its own.
 
 ROOT = Path(bitrouter.__file__).parent
-COMMAND = (sys.executable, "-c", "import sys, bitrouter; sys.exit(bitrouter.main())")
+# The installed command, in a greater hurry: it looks at its files and its workers more often.
+HURRIED = """
+import sys, bitrouter
+bitrouter._WATCH_EVERY_S, bitrouter._RESTART_S = 0.05, 0.2
+sys.exit(bitrouter.main())
+"""
+COMMAND = (sys.executable, "-c", HURRIED)
 
 
 class Server:
@@ -1564,8 +1684,8 @@ def one_provider(base: str, key: str = "") -> str:
 async def test_a_server_takes_up_what_changes_while_a_stream_runs(
     server: Any, provider: Any
 ) -> None:
-    async with provider(OK) as up, paced() as slow, server() as s:
-        table = f'[providers.slow]\napi_base = "{slow.base}"\nmodels = [{{id = "s"}}]\n'
+    async with provider(OK) as up, paced(provider) as (slow, go_on), server() as s:
+        table = f'[providers.slow]\napi_base = "{slow.base}/v1"\nmodels = [{{id = "s"}}]\n'
         (s.home / "key.txt").write_text("sk-file-one\n")
         mine = one_provider(f"{up.base}/v1", "file:key.txt")
         s.write(mine + table)
@@ -1603,7 +1723,7 @@ async def test_a_server_takes_up_what_changes_while_a_stream_runs(
             assert (await s.served("s")).status == 404
 
             # and the stream, that has seen none of it
-            slow.go_on.set()
+            go_on.set()
             assert b"".join([piece async for piece in caller._chunks()]).endswith(DONE)
         facts = (await s.asked("GET", "/status")).json()
         assert facts["reloads"] >= 2 and facts["active"].keys() == {"up"}
@@ -1708,8 +1828,8 @@ async def test_two_workers_serve_and_one_that_is_killed_is_replaced(
         assert status == 0 and {one["pid"] for one in told["workers"]} == pids
         assert sum(one["targets"].get("up/m", {}).get("answers", 0)
                    for one in told["workers"]) == 12  # fmt: skip
-        while (await s.asked("GET", "/status", 2)).json()["uptime_s"] < 1.1:  # noqa: ASYNC110
-            await asyncio.sleep(0.05)
+        while (await s.asked("GET", "/status", 2)).json()["uptime_s"] < 0.3:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
         os.kill(facts[1]["pid"], signal.SIGKILL)
         await s.said("worker_died")
         new = 0

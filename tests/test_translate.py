@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from support import every_cut, read_wire, slices, wire_names
+from support import read_wire, slices, telling_cuts, wire_names
 
 from bitrouter import (
     CODECS,
@@ -113,7 +113,7 @@ CUT = [
 def test_a_stream_may_be_cut_anywhere(name: str, caller: ApiProtocol) -> None:
     stream = read_wire(name)["stream"].replace(b"\n", b"\r\n")
     out = run(between(caller, upstream_of(name)), [stream])
-    for cut in every_cut(stream):
+    for cut in telling_cuts(stream):
         assert run(between(caller, upstream_of(name)), cut) == out
 
 

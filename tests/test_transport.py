@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +19,19 @@ import pytest
 from support import (
     CHAT_ANSWER,
     CHAT_STREAM,
+    PIECE,
+    PIECES,
     FakeProvider,
     Reply,
     ask,
-    chat_chunk,
     every_cut,
+    lazy_caller,
+    pusher,
     request_bytes,
     slices,
+    stalled,
     stream,
+    until,
 )
 
 import bitrouter
@@ -37,12 +42,6 @@ CA = {"SSL_CERT_FILE": str(TLS / "ca.pem")}
 REQUEST = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 0\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok"
 HERE = "127.0.0.1"
-
-
-async def until(true: Callable[[], Any]) -> None:
-    """Wait for something that nobody announces; the test's own deadline bounds it."""
-    while not true():  # noqa: ASYNC110
-        await asyncio.sleep(0.002)
 
 
 def tls_server() -> ssl.SSLContext:
@@ -668,56 +667,6 @@ async def test_dialled_sockets_do_not_wait_to_send() -> None:
 
 
 # Back-pressure.
-
-PIECE = chat_chunk({"content": "x" * 65_000})
-PIECES = 800  # 52 MB
-
-
-@dataclass
-class Pusher:
-    """Pushes a stream as fast as it is taken, and counts."""
-
-    pushed: int = 0
-    port: int = 0
-
-    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.readuntil(b"\r\n\r\n")
-        kind = b"content-type: text/event-stream\r\n\r\n"
-        writer.write(b"HTTP/1.1 200 OK\r\n" + kind)
-        for piece in [*([PIECE] * PIECES), chat_chunk({}, finish="stop"), b"data: [DONE]\n\n"]:
-            writer.write(piece)
-            await writer.drain()
-            self.pushed += len(piece)
-        writer.close()
-
-
-@asynccontextmanager
-async def pusher() -> AsyncIterator[Pusher]:
-    one = Pusher()
-    sock = socket.create_server((HERE, 0))
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-    async with await asyncio.start_server(one.serve, sock=sock, limit=2**16):
-        one.port = sock.getsockname()[1]
-        yield one
-
-
-@asynccontextmanager
-async def lazy_caller(port: int) -> AsyncIterator[socket.socket]:
-    """A caller with a small buffer that reads only when it is told to."""
-    with socket.socket() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
-        sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, (HERE, port))
-        yield sock
-
-
-async def stalled(push: Pusher) -> int:
-    """How much was pushed when nothing more goes."""
-    before = -1
-    while push.pushed == 0 or push.pushed != before:
-        before = push.pushed
-        await asyncio.sleep(0.04)
-    return before
 
 
 SLOWLY = {"stream": "/v1/chat/completions", "raw": "/v1/audio/speech"}
