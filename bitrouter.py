@@ -1618,14 +1618,16 @@ class Loss(NamedTuple):
 class Losses:
     """What a translation could not carry over."""
 
-    __slots__ = ("found",)
+    __slots__ = ("_known", "found")
 
     def __init__(self) -> None:
         self.found: list[Loss] = []
+        self._known: set[Loss] = set()
 
     def add(self, code: str, name: str, *, harmful: bool = True) -> None:
         loss = Loss(code, name, harmful)
-        if loss not in self.found:
+        if loss not in self._known:
+            self._known.add(loss)
             self.found.append(loss)
 
 
@@ -8677,6 +8679,7 @@ class Translation:
                     return
             elif isinstance(told, Delta):
                 self._chars += len(told.text)
+                self.state.events = -(-self._chars // 4)
             yield told
 
     def _in_whole_characters(self, part: Delta) -> Delta:
@@ -9947,7 +9950,7 @@ class Config:
     provider_priority: tuple[str, ...] = _limited((), words=CLASSES)
     inherit_defaults: bool = True
     state: State = field(default_factory=State)
-    otel: Otel = field(default_factory=Otel)
+    otel: Otel | None = None
     broken: dict[tuple[str, str], str] = field(default_factory=dict, metadata={"inner": True})
 
 
@@ -16057,7 +16060,9 @@ def _where(asked: Mapping[str, str]) -> _Filters:
         given = asked.get(name, "")
         if len(given) > _LONGEST_VALUE or not given.isprintable():
             raise _odd(asked, name, f"at most {_LONGEST_VALUE} printable characters")
-        if given and name == "status":
+        if given == "error" and name == "status":
+            found.append(("failed", ()))  # also in the middle of a stream that began with a 200
+        elif given and name == "status":
             found.append((name, _status_range(asked)))
         elif given and name == "tag":
             tag = re.fullmatch("([^:=]+)[:=](.*)", given)
@@ -16071,8 +16076,6 @@ def _where(asked: Mapping[str, str]) -> _Filters:
 
 def _status_range(asked: Mapping[str, str]) -> tuple[int, int]:
     given = asked["status"]
-    if given == "error":
-        return 400, 999
     if re.fullmatch("[1-5](xx|[0-9][0-9])", given):
         return int(given.replace("x", "0")), int(given.replace("x", "9"))
     raise _odd(asked, "status", "a status such as 429, a class such as 4xx, or error")
@@ -16380,6 +16383,9 @@ class _Attempted(NamedTuple):
     took: Cell
 
 
+_NO_FAULTS = {"hedge_lost", "caller_gone"}  # of attempts that somebody else put an end to
+
+
 class Metrics:
     """Everything counted since the start. One thread writes; any may read.
 
@@ -16448,7 +16454,7 @@ class Metrics:
 
     def _take_fallbacks(self, op: str, tried: tuple[Tried, ...]) -> None:
         for this, after in itertools.pairwise(tried):
-            if this.code and this[:3] != after[:3]:  # another provider, model or account
+            if this.code and this.code not in _NO_FAULTS and this[:3] != after[:3]:
                 labels = (*_call(op, this.provider, this.model), this.code)
                 self._cell("bitrouter.fallbacks", labels)[0] += 1
 
@@ -16679,7 +16685,10 @@ def child_span(span: str, n: int) -> str:
 def cut_text(text: str, most: int) -> str:
     """Text of at most so many bytes in UTF-8; what was cut ends in a mark."""
     raw, mark = text.encode(errors="replace"), "[cut]"
-    return text if len(raw) <= most else raw[: most - len(mark)].decode(errors="ignore") + mark
+    if len(raw) <= most:
+        return text
+    kept = raw[: max(0, most - len(mark))].decode(errors="ignore")
+    return kept + mark if most >= len(mark) else ""
 
 
 # What is served -> its path. Receipts name what was asked by protocol or by operation.
@@ -16739,6 +16748,7 @@ def _root_shape(
 ) -> SpanShape:
     op, caller, key, asked, provider, model, account, status, code = who
     path = _PATHS.get(op, "")
+    path = path.replace(":generateContent", ":streamGenerateContent") if stream else path
     # wire: of a server, a 4xx is no error
     failed = code if code and not 400 <= status < 500 else ""
     outcome = "disconnected" if status == 499 else "failed" if code else "completed"
@@ -17405,7 +17415,7 @@ def _exporting(told: _Variables, signal: str) -> Exporting | None:
         name = told.text(*names("PROTOCOL"))[0] or "[otel] protocol"
         told.warn(name, "there is no gRPC here; using http/protobuf, whose port is often 4318")
     packed = told.choice(names("COMPRESSION"), "compression", ("gzip", "none"), "none")
-    timeout_s = told.number(names("TIMEOUT"), "timeout_s", 10.0, unit=1e-3)
+    timeout_s = told.number(names("TIMEOUT"), "timeout_s", 10.0, unit=1e-3, least=0.001)
     headers = _headers_told(told, *names("HEADERS"))
     return Exporting(url, headers, form == "http/json", packed == "gzip", timeout_s)
 
@@ -18830,7 +18840,7 @@ def _insert_sql(rows: int) -> str:
 # In the order of USAGE_SUMS. Integers all, so that sums are exact.
 _SUMS = ", ".join(
     (
-        "count(*), sum(status >= 400)",
+        "count(*), sum(code != '')",
         *(f"sum({name})" for name in Usage._fields),
         "sum(cost_nano), count(cost_nano), sum(cost_nano IS NULL AND input_tokens IS NOT NULL)",
         "sum(ttft_us), count(ttft_us), sum(took_us)",
@@ -18846,6 +18856,7 @@ _CONDITIONS = {
     "session": "session = ?",
     "tag": "instr(tags, ?) > 0",
     "status": "status BETWEEN ? AND ?",
+    "failed": "code != ''",
 }
 
 
@@ -18856,7 +18867,7 @@ def _condition(query: UsageQuery | RequestsQuery) -> tuple[str, tuple[str | int,
     for name, given in query.where:
         condition = _CONDITIONS[name]
         clauses.append(condition)
-        values += given * (condition.count("?") // len(given))
+        values += given * (condition.count("?") // (len(given) or 1))
     return " AND ".join(clauses), tuple(values)
 
 
@@ -18868,6 +18879,7 @@ def _condition(query: UsageQuery | RequestsQuery) -> tuple[str, tuple[str | int,
 # gone costs spans (the oldest first, and they are counted), never a request.
 
 _MOST_TRIES = 5
+_LEAST_PAUSE_S = 0.01  # between two looks, whatever the settings say
 _FIRST_PAUSE_S = 1.0
 _LAST_WORDS_S = 3.0  # for what is left when the process ends
 
@@ -18918,7 +18930,7 @@ class Exporter:
         self._full = asyncio.Event()
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self.settings.delay_s):
+                async with asyncio.timeout(max(_LEAST_PAUSE_S, self.settings.delay_s)):
                     await self._full.wait()
             self._full.clear()
             await self._send_queue()
@@ -18926,7 +18938,7 @@ class Exporter:
     async def send_metrics(self, refresh: Callable[[], None]) -> None:
         """For ever. refresh: brings the gauges up to date."""
         while True:
-            await asyncio.sleep(self.settings.metrics_interval_s)
+            await asyncio.sleep(max(_LEAST_PAUSE_S, self.settings.metrics_interval_s))
             refresh()
             await self._send_metrics()
 
@@ -18980,10 +18992,14 @@ class Exporter:
     ) -> None:
         """Send a batch, again if there is hope; otherwise it is dropped, and told."""
         until = time.monotonic() + self.settings.batch_timeout_s
-        body = await _aside(lambda: _packed(where, encode()))
+        body = await _aside(encode)
         pause_s, said = _FIRST_PAUSE_S, ""
         for tries in range(1, _MOST_TRIES + 1):
-            said, again_s = await _aside(lambda: post_otlp(where, body))
+            try:
+                async with asyncio.timeout(where.timeout_s):  # urllib's begins anew with each byte
+                    said, again_s = await _aside(lambda: post_otlp(where, body))
+            except TimeoutError:
+                said, again_s = f"the collector took longer than {where.timeout_s:g} s", 0.0
             if not said:
                 self.errors.pop(signal, None)
                 self.sent[signal] += count
@@ -19005,12 +19021,25 @@ class Exporter:
 
 
 def post_otlp(where: Exporting, body: bytes) -> tuple[str, float | None]:
-    """Send one request to a collector, and wait for its answer. Blocks.
+    """Send one request to a collector, and wait for its answer. Blocks. What went wrong is told
+    without what the headers hold, whole or in its words.
 
     Returns:
         what went wrong, or ""; and the seconds after which to try again: 0 for some, None for no
         use.
     """
+    said, again_s = _posted(where, body)
+    for _, secret in where.headers:
+        for word in (secret.reveal(), *filter(_is_long, secret.reveal().split())):
+            said = said.replace(word, "[redacted]")
+    return said, again_s
+
+
+def _is_long(word: str) -> bool:
+    return len(word) >= 8
+
+
+def _posted(where: Exporting, body: bytes) -> tuple[str, float | None]:
     import http.client
     import urllib.error
     import urllib.request
@@ -19024,6 +19053,7 @@ def post_otlp(where: Exporting, body: bytes) -> tuple[str, float | None]:
     headers |= {"content-type": kind, "user-agent": f"bitrouter/{__version__}"}
     if where.gzip:
         headers["content-encoding"] = "gzip"
+    body = _packed(where, body)
     request = urllib.request.Request(where.url, body, headers, method="POST")  # noqa: S310
     try:
         opener = urllib.request.build_opener(NoRedirect)
@@ -20307,9 +20337,9 @@ def otel_of(config: Config, environ: Mapping[str, str]) -> OtelSettings:
     """What is exported, by the configuration and the environment."""
     broken = [why for (section, _), why in config.broken.items() if section == "otel"]
     section: JsonObject = {}
-    for spec in fields(Otel):
+    for spec in fields(Otel) if config.otel else ():
         value = getattr(config.otel, spec.name)
-        if value not in (None, "", {}) and value is not True:
+        if value not in (None, "", {}):
             section[spec.name] = value
     if broken:  # with a part of it missing, a key might go to the wrong place
         section, environ = {}, {}
@@ -20320,7 +20350,7 @@ def otel_of(config: Config, environ: Mapping[str, str]) -> OtelSettings:
 def _secrets(config: Config, active: Mapping[str, ActiveProvider]) -> Iterator[Secret]:
     """All that must not be seen in a log."""
     yield from (key.key for key in config.keys.values())
-    yield from config.otel.headers.values()
+    yield from config.otel.headers.values() if config.otel else ()
     shapings: list[Shaping] = [*config.providers.values(), *config.presets.values()]
     shapings += [one for provider in config.providers.values() for one in provider.models]
     shapings += [*config.models.values()]
@@ -21111,9 +21141,14 @@ class Race:
         return self.winner is call
 
 
-def lost_race(call: Call) -> UpstreamError | None:
-    """What an attempt ends with when another one has answered in the meantime."""
-    if call.race is None or call.race.won_by(call):
+CUT_OFF = CallerGone("the attempt was given up")
+
+
+def lost_race(call: Call, *, claim: bool = True) -> UpstreamError | None:
+    """What an attempt ends with when another one has answered in the meantime. Whoever asks first
+    has won; claim: unless it only asks."""
+    race = call.race
+    if race is None or (race.won_by(call) if claim else race.winner in (None, call)):
         return None
     return UpstreamUnfit("another attempt was faster", code="hedge_lost")
 
@@ -21247,8 +21282,9 @@ def _request(
     _, path = origin_of(target.base)
     if "{model}" in suffix:
         suffix = suffix.replace("{model}", quote(target.model, safe="/-._~:@"))
-    if "?" in target.base:
-        query = "&".join(filter(None, (query, urlsplit(target.base).query)))
+    if "?" in target.base:  # with api-version, of which there must be one
+        pairs = [one for one in query.split("&") if one and not one.startswith("api-version=")]
+        query = "&".join([*pairs, urlsplit(target.base).query])
     query = f"?{query}" if query else ""
     edits, headers = call.own_edits(target) if call.bridge else ((), {})
     # Edits are for what generates; for embeddings only where an endpoint of the file asks for it.
@@ -21266,7 +21302,8 @@ def _request(
     lines += [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
     if call.trace:
         told = call.trace.headers(given, max(0, len(call.tried) - 1))
-        lines += [f"{name}: {value}\r\n" for name, value in told.items()]
+        kept = told.keys() - target.headers.keys() - headers.keys() - {*drop, *call.withheld}
+        lines += [f"{name}: {told[name]}\r\n" for name in sorted(kept)]
     if target.protocol is ApiProtocol.MESSAGES:
         named = own_protocol and "anthropic-version" in given
         if not (named or "anthropic-version" in target.headers or "anthropic-version" in drop):
@@ -21544,6 +21581,7 @@ async def _fan_out(app: App, call: Call, reply: Reply, target: Target, outgoing:
         reply.begin(200, headers | _stream_headers(call) | _warnings(call, translation), told)
         reply.end()
         return
+    call.hear(values[0])
     for n, value in enumerate(values):
         translation.take_whole(value, n)
     answer = compact(translation.whole())
@@ -22049,19 +22087,22 @@ async def count_tokens(
             target = call.target = prepared(app, call, target)
             if target.protocol is call.op.protocol:
                 await exchange(app, call, reply, target)
+                call.end(n, began_at, None)
                 return
             count = await _counted_there(app, call, target)
+            call.end(n, began_at, None)
         except UpstreamError as error:
             call.end(n, began_at, error)
             if error.status in _ABOUT_THE_PROMPT:
                 raise
             log.info("tokens_not_counted target=%s reason=%s", target.name, error.message)
         else:
+            call.first_at = time.monotonic()
             headers = JSON_HEADERS | served_by(call, target)
             reply.send(200, compact(_rendered_count(call, count)), headers)
             return
         finally:
-            call.end(n, began_at, None)
+            call.end(n, began_at, CUT_OFF)
     call.losses.add("estimated", "input_tokens", harmful=False)
     count = -(-size_of(_prompt_to_count(call)) // 4)
     headers = JSON_HEADERS | served_by(call, call.target or chain[0]) | _estimated()
@@ -22123,7 +22164,10 @@ async def embed(app: App, call: Call, reply: Reply, target: Target) -> None:
     if len(found) != len(texts) or not all(isinstance(one, dict) for one in found):
         said = f"{target.name} answered with {len(found)} vectors for {len(texts)} texts"
         raise UpstreamGarbled(said)
-    usage = CODECS[target.protocol].usage(value) or Usage(sum(map(len, texts)) // 4)
+    usage = CODECS[target.protocol].usage(value)
+    if usage is None:
+        usage = Usage(sum(map(len, texts)) // 4)
+        call.losses.add("estimated", "usage", harmful=False)
     call.book(usage)
     try:
         if call.op.protocol is ApiProtocol.GENERATE_CONTENT:
@@ -22342,23 +22386,21 @@ def _adopt(call: Call, winner: Call) -> None:
 async def _attempt(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
     """Try one target once. The caller has its answer, or nothing at all and we have an error."""
     n, began_at = call.begin(target), time.monotonic()
-    ended: BitrouterError | None = _CUT_OFF
     try:
-        ended = error = await _try(app, call, reply, target)
+        error = await _try(app, call, reply, target)
     except BitrouterError as exc:
-        ended = exc
+        call.end(n, began_at, exc)
         raise
-    finally:
-        call.end(n, began_at, ended)
+    except BaseException:
+        call.end(n, began_at, lost_race(call, claim=False) or CUT_OFF)
+        raise
+    call.end(n, began_at, error)
     asked = call.target or target
     if error and (
         _refuses_usage_option(app, call, asked, error) or _learned(app, call, asked, error)
     ):
         return await _attempt(app, call, reply, target)
     return error
-
-
-_CUT_OFF = CallerGone("the attempt was given up")
 
 
 async def _try(app: App, call: Call, reply: Reply, target: Target) -> UpstreamError | None:
@@ -22799,8 +22841,8 @@ def book(app: App, call: Call, reply: Reply, error: BitrouterError | None) -> No
 
 def receipt_for(call: Call, status: int, error: BitrouterError | None) -> Receipt:
     """status: of the answer that the caller got."""
-    target = call.target if call.first_at is not None else None
     usage, cost, estimated = _used(call)
+    target = call.target if call.first_at is not None or usage else None
     headers, trace = call.headers, call.trace
     return Receipt(
         call.id,
@@ -22822,10 +22864,10 @@ def receipt_for(call: Call, status: int, error: BitrouterError | None) -> Receip
         target.price if target and usage else None,
         None if call.first_at is None else call.first_at - call.started_at,
         time.monotonic() - call.started_at,
-        call.upstream_s,
-        call.finish[:_LONGEST],
+        _waited(call),
+        _FINISHES.get(call.finish, call.finish.lower())[:_LONGEST],
         call.answer_id[:_LONGEST],
-        warned_of(call) or "",
+        (warned_of(call) or "")[:_MOST_WARNED],
         session_name(headers, call.given.value) if call.given else "",
         _tags_in(headers["x-bitrouter-tags"]) if "x-bitrouter-tags" in headers else (),
         trace.trace if trace else "",
@@ -22836,12 +22878,34 @@ def receipt_for(call: Call, status: int, error: BitrouterError | None) -> Receip
 
 
 _LONGEST = 512  # characters of what somebody else makes up
+_MOST_WARNED = 2048
+
+# Why a model stopped, in the words of Chat Completions. Others are told in small letters.
+_FINISHES = {
+    "end_turn": "stop", "stop_sequence": "stop", "completed": "stop", "STOP": "stop",
+    "tool_use": "tool_calls", "max_tokens": "length", "MAX_TOKENS": "length",
+    "incomplete": "length", "model_context_window_exceeded": "length",
+    "refusal": "content_filter", "SAFETY": "content_filter", "PROHIBITED_CONTENT": "content_filter",
+}  # fmt: skip
+
+
+def _waited(call: Call) -> float:
+    """Seconds in which some provider was waited for: two at once count once."""
+    total = end = 0.0
+    for tried in sorted((one for one in call.tried if one), key=lambda one: one.began):
+        total += max(0.0, tried.began + tried.took - max(end, tried.began))
+        end = max(end, tried.began + tried.took)
+    return total if call.race else min(total, call.upstream_s)
 
 
 def _used(call: Call) -> tuple[Usage | None, int | None, bool]:
     """Tokens and what they cost; whether that is an estimate: nobody said what was used."""
     usage = call.usage
     if usage is not None:
+        is_cut = call.stream and not call.finish and usage.output_tokens < call.events
+        if is_cut and call.target:  # what was reported is how far it was when it began
+            usage = usage._replace(output_tokens=call.events)
+            return usage, cost_nanousd(usage, call.target.price), True
         told = any(loss.code == "estimated" and loss.field == "usage" for loss in call.losses.found)
         return usage, call.cost_nano, told
     if call.first_at is None or not call.op.generates or call.target is None:
@@ -22856,7 +22920,7 @@ def _tags_in(text: str) -> tuple[tuple[str, str], ...]:
     """Tags as a header has them: team=search,env=prod."""
     pairs = (part.partition("=") for part in text.split(",")[:_MOST_TAGS])
     named = ((name.strip()[:64], value.strip()[:_LONGEST]) for name, _, value in pairs)
-    return tuple((name, value) for name, value in named if name)
+    return tuple({name: value for name, value in named if name}.items())
 
 
 _MOST_TAGS = 16
@@ -22867,7 +22931,7 @@ def _facts(call: Call) -> tuple[tuple[str, str | int | float | bool], ...]:
     body = call.document.value if call.document else {}
     settings = as_object(body.get("generationConfig")) or body
     told = [
-        (_FACTS[name], value)
+        (_FACTS[name], value[:64] if isinstance(value, str) else value)
         for name, value in settings.items()
         if name in _FACTS and isinstance(value, str | int | float)
     ]
@@ -22990,18 +23054,28 @@ def _usage_is_missing(call: Call) -> bool:
 # ---------------------------------------------------------------------------------------------
 # 45. views: what there is to see: sums, receipts, metrics, the live page
 # ---------------------------------------------------------------------------------------------
+def given_in_headers(request: HttpRequest) -> str:
+    """The key that a caller's headers give; "" for none."""
+    headers = request.headers
+    for name in ("x-api-key", "x-goog-api-key", "api-key"):
+        if name in headers:
+            return headers[name]
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 _CSV_HEADERS = {"content-type": "text/csv; charset=utf-8"}
 
 
 async def get_usage(app: App, request: HttpRequest, reply: Reply) -> None:
     """GET /v1/usage: what was used and what it cost, in groups."""
-    query = usage_query(_asked_in(request), now_ms())
+    query = usage_query(_asked_in(app, request), now_ms())
     _send_answer(reply, await _from_ledger(app, partial(app.ledger.usage, query)), query.csv)
 
 
 async def get_requests(app: App, request: HttpRequest, reply: Reply) -> None:
     """GET /v1/requests: receipts, newest first."""
-    query = requests_query(_asked_in(request), now_ms())
+    query = requests_query(_asked_in(app, request), now_ms())
     _send_answer(reply, await _from_ledger(app, partial(app.ledger.requests, query)), query.csv)
 
 
@@ -23010,15 +23084,20 @@ def now_ms() -> int:
     return time.time_ns() // 1_000_000 + 1
 
 
-def _asked_in(request: HttpRequest) -> dict[str, str]:
-    """The parameters of a query. Raises BadRequest for one that is there twice."""
+def _asked_in(app: App, request: HttpRequest) -> dict[str, str]:
+    """The parameters of a query, without a key that opens the door. Raises BadRequest."""
     from urllib.parse import parse_qsl
 
+    opens = app.auth_required and not given_in_headers(request)
+    try:
+        pairs = parse_qsl(request.query[:8192], keep_blank_values=True, max_num_fields=100)
+    except ValueError:
+        raise BadRequest("the query has more than 100 parameters") from None
     asked: dict[str, str] = {}
-    for name, value in parse_qsl(request.query[:8192], keep_blank_values=True, max_num_fields=100):
+    for name, value in pairs:
         if name in asked:
             raise BadRequest(f"{printable(name, 64)}: this parameter is given twice", param=name)
-        if name not in ("key", "api_key"):  # that is for the door
+        if not (name in ("key", "api_key") and opens):
             asked[name] = value
     if "text/csv" in request.headers.get("accept", ""):
         asked.setdefault("format", "csv")
@@ -23051,7 +23130,7 @@ async def get_metrics(app: App, request: HttpRequest, reply: Reply) -> None:
     reply.send(200, text.encode(), {"content-type": kind})
 
 
-async def get_events(app: App, request: HttpRequest, reply: Reply) -> None:  # noqa: ARG001
+async def get_events(app: App, request: HttpRequest, reply: Reply) -> None:
     """GET /api/events: requests as they begin and end, for as long as the caller listens."""
     if len(app.watchers) >= _MOST_WATCHERS:
         said = f"{_MOST_WATCHERS} others are watching already; try again later"
@@ -23066,6 +23145,9 @@ async def get_events(app: App, request: HttpRequest, reply: Reply) -> None:  # n
 
     reply.heartbeat = b": .\n\n"
     headers = {"content-type": "text/event-stream", "cache-control": "no-store"}
+    if request.head.method == "HEAD":
+        reply.send(200, b"", headers)
+        return
     reply.begin(200, headers, b": watching\n\n")
     app.watchers.add(tell)
     try:
@@ -23147,6 +23229,10 @@ async def handle(app: App, request: HttpRequest, reply: Reply) -> None:
     except asyncio.CancelledError:
         error = error if reply.ended else CallerGone("the caller hung up")
         raise
+    except Exception:  # whatever it is, this caller gets a 500 and others go on
+        log.exception("handler_failed path=%s", printable(request.path))
+        error = BitrouterError("something went wrong inside bitrouter; its log has the details")
+        refuse(app, request, reply, error)
     finally:
         facts = {"id": request_id, "caller": caller or None}
         app.writer.event("request", line_of(facts, request, reply, call, error))
@@ -23186,6 +23272,8 @@ def _read_path(app: App, request: HttpRequest | None) -> Path:
 def _path_for(base_path: str, path: str, google: bool, anthropic: bool) -> Path:
     beta, below = _below(base_path, path)
     google = beta or google
+    if below in ("/usage", "/requests"):  # whose `key` names one of ours
+        return Path(below, False, ApiProtocol.CHAT_COMPLETIONS)
     if below.rpartition(":")[2] in GEMINI_VERBS or (google and below not in OPERATIONS):
         return Path(below, True, ApiProtocol.GENERATE_CONTENT)
     if below.startswith("/messages") or anthropic:
@@ -23346,13 +23434,8 @@ def authenticate(app: App, request: HttpRequest) -> str:
 
 
 def _credential(request: HttpRequest) -> str:
-    headers = request.headers
-    for name in ("x-api-key", "x-goog-api-key", "api-key"):
-        if name in headers:
-            return headers[name]
-    scheme, _, token = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        return token.strip()
+    if given := given_in_headers(request):
+        return given
     found = re.search(r"(?:^|&)key=([^&]+)", request.query)
     return unquote(found[1]) if found else ""
 
@@ -23753,6 +23836,7 @@ async def _get_health(app: App, request: HttpRequest, reply: Reply) -> None:  # 
 
 
 def health_facts(app: App) -> JsonObject:
+    """For everybody, so without reasons: those are with what needs a key."""
     lag_s, now = app.lag_s, time.monotonic()
     return {
         "status": "slow" if lag_s > _SLOW_LOOP_S else "draining" if app.draining else "ok",
@@ -23760,28 +23844,31 @@ def health_facts(app: App) -> JsonObject:
         "uptime_s": round(now - app.started_at, 1),
         "loop_lag_ms": round(lag_s * 1000, 1),
         "python": ".".join(map(str, sys.version_info[:3])),
-        "degraded": _degraded(app, lag_s, now),
+        "degraded": [said for said, _ in _degraded(app, lag_s, now)],
         "providers": list(app.router.active),
         "cooling_s": app.health.cooling(now),
     }
 
 
-def _degraded(app: App, lag_s: float, now: float) -> list[str]:
-    """What is not as it should be, though requests are served."""
-    told = [f"{name} cools down for {s:.0f} s" for name, s in app.health.cooling(now).items()]
+def _degraded(app: App, lag_s: float, now: float) -> Iterator[tuple[str, str]]:
+    """What is not as it should be, though requests are served, and why."""
+    for name, seconds in app.health.cooling(now).items():
+        yield f"{name} cools down for {seconds:.0f} s", ""
     if lag_s > _SLOW_LOOP_S:
-        told.append(f"the event loop is {lag_s:.1f} s late")
+        yield f"the event loop is {lag_s:.1f} s late", ""
     if app.ledger.error:
-        told.append(f"receipts are not written: {app.ledger.error}")
+        yield "receipts are not written", app.ledger.error
     errors = app.exporter.errors if app.exporter else {}
-    return [*told, *(f"{signal} are not exported: {why}" for signal, why in errors.items())]
+    yield from ((f"{signal} are not exported", why) for signal, why in errors.items())
 
 
 def status_facts(app: App) -> JsonObject:
     """What runs here and how it does, for people and for dashboards. No secrets."""
     now = time.monotonic()
+    degraded = [": ".join(filter(None, told)) for told in _degraded(app, app.lag_s, now)]
     return {
         **health_facts(app),
+        "degraded": degraded,
         "pid": os.getpid(),
         "listen": app.config.server.listen,
         "reloads": app.reloads,

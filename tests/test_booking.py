@@ -31,6 +31,7 @@ from test_steering import server  # noqa: F401  a fixture
 import bitrouter
 
 OK = Reply(body=CHAT_ANSWER)
+MEMORY = '[state]\nurl = "memory:"\n'
 PRICED = """
 [providers.up]
 api_base = "{0}/v1"
@@ -124,7 +125,7 @@ async def test_a_receipt_says_who_asked_who_answered_and_what_it_cost(books: Any
 
 SPOKEN = {
     "/v1/chat/completions": (Reply(body=CHAT_ANSWER), stream(*CHAT_STREAM), "stop"),
-    "/v1/messages": (Reply(body=MESSAGES_ANSWER), stream(*MESSAGES_STREAM), "end_turn"),
+    "/v1/messages": (Reply(body=MESSAGES_ANSWER), stream(*MESSAGES_STREAM), "stop"),
 }
 
 
@@ -216,6 +217,84 @@ async def test_a_key_that_is_not_known_leaves_none(books: Any) -> None:
         assert b"sk-of-the" not in (await got(gw, "/", **good)).body
 
 
+HANGS = Reply(hangs=True)
+
+
+async def test_of_two_attempts_at_once_the_loser_is_no_fault_and_time_counts_once(
+    books: Any,
+) -> None:
+    async with books(OK, down=HANGS, toml="[upstream]\nhedge_after_ms = 40\n") as (gw, _):
+        assert (await said(gw, ask(model="both"))).status == 200
+        [one] = await receipts(gw)
+        assert [(a["provider"], a["code"]) for a in one["attempts"]] == [
+            ("down", "hedge_lost"), ("up", "")]  # fmt: skip
+        assert 0 <= one["overhead_ms"] < 40
+        text = (await got(gw, "/metrics")).body.decode()
+        assert not re.search(r"(?m)^bitrouter_fallbacks_total{", text)
+
+
+async def test_what_a_cut_stream_said_at_its_start_is_not_what_it_used(books: Any) -> None:
+    deltas = [MESSAGES_STREAM[2]] * 30
+    cut = stream(*MESSAGES_STREAM[:2], *deltas, ending="cut")
+    toml = "[providers.up]\napi_protocol = 'messages'\n"
+    async with books(cut) as (gw, up):
+        text = MEMORY + PRICED.format(up.base).replace("[providers.up]\n", toml)
+        gw.app.configure(bitrouter.parse_config(text, {}).config)
+        for path in ("/v1/messages", "/v1/chat/completions"):
+            await said(gw, {**ask(model="m"), "max_tokens": 99, "stream": True}, path)
+        for one in await receipts(gw):
+            assert one["usage"]["estimated"] is True and one["usage"]["input_tokens"] == 11
+            assert one["usage"]["output_tokens"] >= 30
+        usage = (await got(gw, "/v1/usage")).json()
+        assert usage["total"]["errors"] == 2  # though their status is 200
+        assert len(await receipts(gw, "status=error")) == 2
+
+
+async def test_choices_that_are_made_one_by_one_are_waited_for_at_once(books: Any) -> None:
+    toml = "[providers.up]\napi_protocol = 'messages'\n"
+    async with books(Reply(body=MESSAGES_ANSWER, after_s=0.03)) as (gw, up):
+        text = MEMORY + PRICED.format(up.base).replace("[providers.up]\n", toml)
+        gw.app.configure(bitrouter.parse_config(text, {}).config)
+        assert (await said(gw, ask(model="m", n=3))).status == 200
+        [one] = await receipts(gw)
+        assert one["took_ms"] >= 30 and 0 <= one["overhead_ms"] < 30
+        assert one["finish"] == "stop" and one["usage"]["output_tokens"] == 21
+
+
+async def test_tokens_that_another_protocol_counts_have_a_provider(books: Any) -> None:
+    toml = "[providers.up]\napi_protocol = 'messages'\n"
+    async with books(Reply(body={"input_tokens": 42})) as (gw, up):
+        text = MEMORY + PRICED.format(up.base).replace("[providers.up]\n", toml)
+        gw.app.configure(bitrouter.parse_config(text, {}).config)
+        await said(gw, {"model": "m", "input": "Hi"}, "/v1/responses/input_tokens")
+        [one] = await receipts(gw)
+        assert (one["provider"], one["attempts"][0]["status"]) == ("up", 200)
+
+
+async def test_what_others_make_up_is_bounded(books: Any) -> None:
+    async with books(OK) as (gw, _):
+        odd: dict[str, Any] = {f"field_{n}": 1 for n in range(3000)}
+        odd["temperature"] = "A" * 100_000
+        await said(gw, ask(model="echo/echo", **odd), x_bitrouter_tags="a=1,a=2," + "b" * 9000,
+                   user_agent="u" * 9000)  # fmt: skip
+        [one] = await receipts(gw)
+        assert len(json.dumps(one)) < 8000 and one["tags"]["a"] == "2"
+
+
+async def test_a_bug_of_ours_is_one_line_and_one_receipt(
+    books: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with books(OK) as (gw, _):
+        monkeypatch.setattr(gw.app.router, "resolve", lambda *_: 1 / 0)
+        answer = await said(gw, ask(model="m"))
+        assert answer.status == 500 and "its log has the details" in answer.body.decode()
+        [line] = gw.lines()
+        assert (line["status"], line["code"]) == (500, "internal_error")
+        [one] = await receipts(gw)
+        assert (one["status"], one["code"]) == (500, "internal_error")
+        assert gw.app.in_flight == 0
+
+
 # Questions.
 
 
@@ -245,6 +324,27 @@ async def test_an_odd_question_is_told_what_is_odd(books: Any, query: str, param
         error = answer.json()["error"]
         assert (answer.status, error["param"]) == (400, param)
         assert error["message"].startswith(f"{param}: ")
+
+
+async def test_one_key_s_receipts_can_be_asked_for(books: Any) -> None:
+    names = ("alice", "bob")
+    keys = "".join(f'[keys.{name}]\nkey = "sk-of-{name}-0123"\n' for name in names)
+    async with books(OK, toml='[server]\nauth = "required"\n' + keys) as (gw, _):
+        for name in names:
+            await said(gw, ask(model="m"), authorization=f"Bearer sk-of-{name}-0123")
+        alice = {"authorization": "Bearer sk-of-alice-0123"}
+        for path in ("/v1/requests", "/v1/usage"):
+            told = (await got(gw, f"{path}?key=bob", **alice)).json()
+            assert len(told["data"]) == 1
+            told = (await got(gw, f"{path}?key=sk-of-alice-0123")).json()  # there it opens the door
+            assert len(told["data"]) == (2 if path == "/v1/requests" else 1)
+            assert (await got(gw, f"{path}?key=no")).json()["error"]["code"] == "invalid_api_key"
+
+
+async def test_too_many_parameters_are_refused(books: Any) -> None:
+    async with books(OK) as (gw, _):
+        answer = await got(gw, "/v1/usage?" + "&".join(f"a{n}=1" for n in range(101)))
+        assert (answer.status, answer.json()["error"]["code"]) == (400, "invalid_request")
 
 
 # Metrics.
@@ -290,6 +390,14 @@ async def test_watchers_see_requests_begin_and_end_and_are_sent_home_at_the_end(
         assert begun["asked"] == "m" and begun["id"] == ended["id"]
         assert ended["status"] == 200 and ended["cost_nano"] == 97_500
         assert re.findall(rb"event: (\w+)", answer.body) == [b"begun", b"request"]
+        assert not gw.app.watchers
+
+
+async def test_the_head_of_the_events_is_all_there_is(books: Any) -> None:
+    async with books(OK) as (gw, _), gw.caller() as caller:
+        caller.send(b"HEAD /api/events HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        assert (await caller.answer(bodiless=True)).status == 200
+        assert (await caller.get("/health")).status == 200
         assert not gw.app.watchers
 
 
@@ -417,8 +525,9 @@ async def test_a_collector_that_refuses_or_is_gone_costs_spans_and_no_request(
             assert (await said(gw, ask(model="m"))).status == 200
             [line] = gw.lines("export_failed")
             assert ("no such tenant" if said_so else "cannot be reached") in line["event"]
-            [why] = (await got(gw, "/health")).json()["degraded"]
-            assert why.startswith("traces are not exported: ")
+            assert (await got(gw, "/health")).json()["degraded"] == ["traces are not exported"]
+            [why] = (await got(gw, "/api/status")).json()["degraded"]
+            assert why.startswith("traces are not exported: the collector ")
             text = (await got(gw, "/metrics")).body.decode()
             assert re.search(r'queue_dropped_total{bitrouter_queue="traces"} [24]\n', text)
 
@@ -434,6 +543,48 @@ async def test_the_queue_keeps_the_newest(provider: Any) -> None:
         roots = [attributes(span) for span in spans(collector) if span["kind"] == 2]
         assert [one["bitrouter.request_id"] for one in roots] == ["r3", "r4"]
         assert (exporter.sent["traces"], exporter.waiting) == (4, 0)
+
+
+async def test_what_a_collector_says_is_told_without_our_keys(books: Any, provider: Any) -> None:
+    key = "sk-otel-0123456789"
+    refuses = Reply(401, json.dumps({"message": f"bad credentials Bearer {key}"}).encode())
+    async with provider(refuses) as collector:
+        more = {"OTEL_EXPORTER_OTLP_HEADERS": f"authorization=Bearer%20{key}"}
+        async with books(OK, **to(collector, **more)) as (gw, _):
+            await said(gw, ask(model="m"))
+            await until(lambda: gw.app.exporter.errors)
+            told = [(await got(gw, path)).body for path in ("/health", "/api/status", "/metrics")]
+            assert b"bad credentials [redacted]" in told[1]
+            assert key not in gw.written.getvalue() + str(told)
+
+
+async def test_a_collector_that_trickles_is_not_waited_for(books: Any, provider: Any) -> None:
+    slow = Reply(body=b"", chunks=(b"x", None) * 50, gap_s=0.02)
+    async with provider(slow) as collector:
+        more = {"OTEL_EXPORTER_OTLP_TIMEOUT": "60", "OTEL_BSP_EXPORT_TIMEOUT": "50"}
+        async with books(OK, **to(collector, **more)) as (gw, _):
+            await said(gw, ask(model="m"))
+            await until(lambda: gw.app.exporter.errors)
+            assert "took longer than 0.06 s" in gw.app.exporter.errors["traces"]
+
+
+async def test_headers_of_traces_can_be_kept_from_a_provider(books: Any, provider: Any) -> None:
+    gone, kept = "{name = 'traceparent', delete = true}", "{name = 'baggage', value = 'x'}"
+    drop = f"extra_headers = [{gone}, {kept}]"
+    async with provider(ACCEPTED) as collector, books(OK, **to(collector)) as (gw, up):
+        text = MEMORY + PRICED.format(up.base).replace("models =", f"{drop}\nmodels =")
+        gw.app.configure(bitrouter.parse_config(text, {}).config)
+        await said(gw, ask(model="m"), traceparent=PARENT, baggage="a=b", tracestate="c=d")
+        seen = up.seen[0].headers
+        assert "traceparent" not in seen and seen["baggage"] == "x" and seen["tracestate"] == "c=d"
+
+
+@pytest.mark.parametrize("text", ["[otel]", "[otel]\ntraces = true", "[otel]\nmetrics = true"])
+def test_a_section_alone_turns_the_export_on(text: str) -> None:
+    settings = bitrouter.otel_of(bitrouter.parse_config(text, {}).config, {})
+    assert settings.traces and settings.traces.url == "http://localhost:4318/v1/traces"
+    nothing = bitrouter.otel_of(bitrouter.parse_config("", {}).config, {})
+    assert nothing.traces is None and nothing.metrics is None
 
 
 async def test_metrics_are_pushed_with_their_units(books: Any, provider: Any) -> None:
@@ -484,6 +635,7 @@ async def test_nothing_is_lost_at_a_signal_and_the_command_line_adds_it_up(
 ) -> None:
     async with provider(OK) as up, provider(ACCEPTED) as collector, server() as s:
         s.environ |= {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.base}
+        s.environ |= {"OTEL_EXPORTER_OTLP_COMPRESSION": "gzip"}
         s.write(PRICED.format(up.base))
         await s.start()
         for _ in range(3):
@@ -493,6 +645,7 @@ async def test_nothing_is_lost_at_a_signal_and_the_command_line_adds_it_up(
         status, told, _ = await s.run("doctor")
         found = {one["about"]: one["level"] for one in told["findings"]}
         assert (status, found["otel"], found["server"]) == (0, "ok", "ok")
+        assert b"bitrouter doctor" in gzip.decompress(collector.seen[-1].body)
         assert await s.stop() == 0
         assert {"/v1/traces", "/v1/metrics"} <= {seen.path for seen in collector.seen}
         status, told, _ = await s.run("usage", "--group-by", "provider")

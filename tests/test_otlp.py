@@ -245,7 +245,7 @@ OPERATIONS = [
 
 @pytest.mark.parametrize(("op", "name", "operation"), OPERATIONS)
 def test_spans_are_named_by_what_was_asked(op: str, name: str, operation: str) -> None:
-    root, attempt = spans_of(receipt(op=op))
+    root, attempt = spans_of(receipt(op=op, stream=False))
     assert span_json(root)["name"] == name
     assert span_json(attempt)["name"] == f"{operation} gpt-5.4"
     assert told(attempt)["gen_ai.operation.name"] == operation
@@ -773,3 +773,9 @@ def test_a_ratio_takes_its_share_of_traces_and_always_the_same(ratio: float) -> 
     taken = [is_sampled(trace, None, "parentbased_traceidratio", ratio) for trace in ids]
     assert sum(taken) / len(ids) == pytest.approx(ratio, abs=0.03)
     assert taken == [is_sampled(trace, 0, "traceidratio", ratio) for trace in ids]
+
+
+@pytest.mark.parametrize("most", range(12))
+def test_a_text_is_never_longer_than_it_may_be(most: int) -> None:
+    assert len(cut_text("a" * 1000, most).encode()) <= most
+    assert cut_text("ab", 2) == "ab"
