@@ -749,6 +749,14 @@ def printable(text: str, limit: int = 200) -> str:
     return re.sub(r"[\x00-\x1f\x7f]", " ", shown)
 
 
+def plain(text: str) -> str:
+    """Text of unknown origin without control characters, which move terminals to do things."""
+    return text if text.isprintable() else _CONTROLS.sub(" ", text)
+
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+
 def near_misses(word: str, known: Iterable[str], count: int = 3, least: float = 0.5) -> list[str]:
     """What was probably meant, best first. least: how alike it must be, of 1."""
     import difflib  # 10 ms, and only wanted when something is wrong
@@ -4071,7 +4079,8 @@ def _responses_note(state: StreamState, event: JsonObject) -> None:
     state.memo["sequence_number"] = whole(event.get("sequence_number"))
     if kind in _RESPONSES_FINISHED:
         state.started = state.finished = state.ended = True
-        state.finish, state.answer_id = str(response.get("status")), str(response.get("id"))
+        state.finish = str(response.get("status") or "completed")
+        state.answer_id = str(response.get("id") or "")
     elif kind == "response.failed":
         state.error = openai_parse_error(response) or ErrorFacts("", frozenset())
     elif kind == "error":
@@ -5043,7 +5052,7 @@ def _messages_usage(body: JsonObject) -> Usage | None:
 
 
 def _messages_sum(usage: Json) -> Usage | None:
-    if not isinstance(usage, dict):
+    if not isinstance(usage, dict) or not usage:
         return None
     # wire: input_tokens leaves out what the cache served or stored (docs, prompt caching)
     read, written = (
@@ -8361,17 +8370,18 @@ class StreamRelay:
 
     def fail(self, error: BitrouterError) -> bytes:
         """The protocol's own way to end a stream that went wrong."""
+        last = self._last
         self.settle()
         if self._framer:
             told = compact(self._codec.render_error(error))
             return self._framer.item(told) + self._framer.end()
-        return self._codec.fail_stream(error, self.state, self._last)
+        return self._codec.fail_stream(error, self.state, last)
 
     def settle(self) -> None:
         """Note the running total of usage in the last block that nobody looked into."""
-        if self.state.usage is None:
-            for raw in split_events(self._last):
-                self._look(raw)
+        last, self._last = self._last, b""
+        for raw in split_events(last):
+            self._look(raw)
 
     def _take(self, block: bytes) -> bytes:
         if self.open:
@@ -8398,7 +8408,7 @@ class StreamRelay:
         codec = self._codec
         if not self._framer and codec.dull(block) and codec.strict(block):
             self._last = block
-            self.state.events += block.count(b"\n\n")
+            self.state.events += block.count(b"data:")
             return self._without_null_usage(block) if self._hide_usage else block
         half = len(block) // 2
         middle = block.find(b"\n\n", half) + 2
@@ -8412,7 +8422,10 @@ class StreamRelay:
         """One event that is looked into, as it goes on."""
         if self.over:
             return b""
+        usage = self.state.usage
         event, value = self._look(raw)
+        if self.state.usage is not usage:
+            self._last = b""  # what it says of usage is old
         self.state.events += bool(value)
         self.over = self.state.ended or self.state.error is not None or self.garbled is not None
         if self.garbled:
@@ -10631,6 +10644,10 @@ def _check_references(config: Config, reader: _Reader) -> None:
     if len(set(config.provider_priority)) != len(config.provider_priority):
         reader.problem(("provider_priority",), "a class stands in it twice")
     _check_server(config.server, reader)
+    if scheme := re.match(r"(?!memory:$|sqlite:)\w{2,}:", config.state.url):
+        # No more of it is shown: it may hold a password.
+        said = "expected the path of an SQLite file, or memory:; got one that begins with "
+        reader.problem(("state", "url"), said + scheme[0])
 
 
 _SLIP = 0.85  # how alike a provider's name and another word are if the word is meant to be it
@@ -15049,6 +15066,7 @@ class Bridge(NamedTuple):
         native: it came to /inference.
         json: a native answer is JSON with its parsed form.
         wants: further parts of the answer.
+        tags: what the request is to be found by.
         responses: OpenAI is to be asked by its Responses API.
     """
 
@@ -15063,6 +15081,7 @@ class Bridge(NamedTuple):
     header_edits: tuple[ScopedEdit, ...] = ()
     wants: frozenset[str] = frozenset()
     responses: bool = False
+    tags: Mapping[str, str] = {}
 
     @property
     def share(self) -> float:
@@ -15123,6 +15142,7 @@ def bridge_of(
         _scoped(options.get("extra_headers"), "extra_headers", "name"),
         frozenset(w for w in _TZ_WANTS if options.get(f"include_{w}") is True),
         responses,
+        _strings_of(options.get("tags"), "tags"),
     ), ours
 
 
@@ -15883,7 +15903,7 @@ RECEIPT_COLUMNS = (
     *("stream", "estimated", *_TEXTS, "tags", "price", "attempts"),
 )
 
-_MOST_TOKENS, _MOST_NANO = 10**12, 10**15  # what is more is garbage, and would overflow sums
+MOST_TOKENS, _MOST_NANO = 10**12, 10**15  # what is more is garbage, and would overflow sums
 _NO_TOKENS = (None,) * len(Usage._fields)
 _JSON = json.JSONEncoder(separators=(",", ":")).encode
 _texts = operator.attrgetter(*_TEXTS)
@@ -15896,7 +15916,7 @@ def receipt_row(receipt: Receipt) -> tuple[str | int | None, ...]:
     return (
         receipt.at,
         receipt.status,
-        *(_NO_TOKENS if used is None or sum(used) > _MOST_TOKENS else used),
+        *(_NO_TOKENS if used is None or sum(used) > MOST_TOKENS else used),
         None if cost is None or cost > _MOST_NANO else cost,
         None if ttft is None else int(ttft * 1e6 + 0.5),
         int(receipt.took * 1e6 + 0.5),
@@ -16372,8 +16392,7 @@ class _Answered(NamedTuple):
     input: Cell
     output: Cell
     counts: tuple[Cell, ...]  # in Usage's order
-    cost: Cell
-    unpriced: Cell
+    cost: Cell  # or of those whose price is not known, their number
     to_first: Cell
     per_token: Cell
 
@@ -16390,15 +16409,17 @@ class Metrics:
     """Everything counted since the start. One thread writes; any may read.
 
     Attributes:
-        cap: label sets for each instrument; then what callers can make up becomes `other`.
+        cap: label sets for each instrument, a fifth of that for a histogram; then what callers
+            can make up becomes `other`.
+        began: nanoseconds since 1970, when counting began.
     """
 
-    def __init__(self, cap: int = 1000) -> None:
-        self.cap = cap
+    def __init__(self, cap: int = 1000, began: int = 0) -> None:
+        self.cap, self.began = cap, began
         self._tables: dict[str, dict[Labels, Cell]] = {name: {} for name in INSTRUMENTS}
         # To find the cells of a request takes longer than to count it: found once for each kind.
         self._served: dict[tuple[str | int, ...], _Served] = {}
-        self._answered: dict[tuple[str, ...], _Answered] = {}
+        self._answered: dict[tuple[str | bool, ...], _Answered] = {}
         self._attempted: dict[tuple[str, ...], _Attempted] = {}
 
     def take(self, receipt: Receipt) -> None:
@@ -16420,7 +16441,7 @@ class Metrics:
         if len(receipt.tried) > 1:
             self._take_fallbacks(op, receipt.tried)
         if receipt.usage is not None or receipt.ttft is not None:
-            who = (op, provider, model, key)
+            who = (op, provider, model, key, receipt.cost_nano is not None)
             self._take_answer(self._answered.get(who) or self._find_answered(*who), receipt)
 
     def set(self, name: str, values: Mapping[Labels, float]) -> None:
@@ -16442,10 +16463,7 @@ class Metrics:
                 _observe(cells.output, _TOKENS, usage.output_tokens)
             for cell, count in zip(cells.counts, usage, strict=True):
                 cell[0] += count
-            if receipt.cost_nano is None:
-                cells.unpriced[0] += 1
-            else:
-                cells.cost[0] += receipt.cost_nano
+            cells.cost[0] += 1 if receipt.cost_nano is None else receipt.cost_nano
         if ttft is not None and not receipt.code:
             _observe(cells.to_first, _TO_FIRST, ttft)
             if receipt.stream and usage is not None and usage.output_tokens > 1:
@@ -16470,7 +16488,9 @@ class Metrics:
         )
         return _keep(self._served, (op, provider, model, key, status, code), found, self.cap)
 
-    def _find_answered(self, op: str, provider: str, model: str, key: str) -> _Answered:
+    def _find_answered(
+        self, op: str, provider: str, model: str, key: str, priced: bool
+    ) -> _Answered:
         call = _call(op, provider, model)
 
         def tokens(kind: str) -> Cell:
@@ -16480,12 +16500,11 @@ class Metrics:
             self._cell("gen_ai.client.token.usage", (*call, "input")),
             self._cell("gen_ai.client.token.usage", (*call, "output")),
             tuple(map(tokens, ("input", "output", "cache_read", "cache_write", "reasoning"))),
-            self._cell("bitrouter.cost_usd", (*call, key)),
-            self._cell("bitrouter.unpriced", (*call, key)),
+            self._cell("bitrouter.cost_usd" if priced else "bitrouter.unpriced", (*call, key)),
             self._cell("gen_ai.server.time_to_first_token", call),
             self._cell("gen_ai.server.time_per_output_token", call),
         )
-        return _keep(self._answered, (op, provider, model, key), found, self.cap)
+        return _keep(self._answered, (op, provider, model, key, priced), found, self.cap)
 
     def _find_attempted(self, op: str, provider: str, model: str, code: str) -> _Attempted:
         labels = (*_call(op, provider, model), code)
@@ -16499,10 +16518,10 @@ class Metrics:
         """Where an instrument counts a label set; beyond the cap, where it counts the rest."""
         table, instrument = self._tables[name], INSTRUMENTS[name]
         labels = _clean(labels)
-        if labels not in table and len(table) >= self.cap:
+        bounds = instrument.bounds
+        if labels not in table and len(table) >= (self.cap // 5 if bounds else self.cap):
             named = zip(instrument.labels, labels, strict=True)
             labels = tuple("other" if n in _CALLERS_OWN and v else v for n, v in named)
-        bounds = instrument.bounds
         return table.setdefault(labels, [0] * (len(bounds) + 2) if bounds else [0])
 
 
@@ -18496,26 +18515,19 @@ _BATCH_ROWS, _STATEMENT_ROWS = 1_000, 25
 _PRUNE_ROWS, _PRUNE_EVERY_NS = 2_000, 3600 * 10**9
 _MEMORY_ROWS = 50_000  # kept when there is no file
 _REMIND_S = 60.0
+_SOON_S = 0.5
 _DAY_MS = 86_400_000
 _UNREADABLE = (11, 26)  # SQLITE_CORRUPT, SQLITE_NOTADB
 
 
 def ledger_path(environ: Mapping[str, str], url: str = "") -> str:
-    """Where receipts are kept: "memory:" or a path.
-
-    Args:
-        url: state.url of the configuration; "" for the usual place.
-
-    Raises:
-        ConfigError: it is the URL of another database.
-    """
+    """Where receipts are kept: "memory:" or a path. url: state.url; "" for the usual place."""
     if url == "memory:":
         return url
-    path = url.removeprefix("sqlite://")
-    if other := re.match(r"\w\w+:", path):  # no more of it is shown: it may hold a password
-        raise ConfigError(f"state.url: expected a path or memory:, got one that begins {other[0]}")
     home = environ.get("BITROUTER_HOME") or "~/.bitrouter"
-    return os.path.expanduser(path or os.path.join(home, "bitrouter.db"))  # noqa: PTH111, PTH118
+    given = url.removeprefix("sqlite://") or os.path.join(home, "bitrouter.db")  # noqa: PTH118
+    path = os.path.expanduser(given)  # noqa: PTH111
+    return "memory:" if path.startswith("~") else path  # of a user without a home
 
 
 class Ledger:
@@ -18552,7 +18564,7 @@ class Ledger:
         self.error = ""
         self.written = self.dropped = 0
         self._on_disk = path != "memory:"
-        self._keep_days, self._room, self._batch_s = keep_days, room, batch_s
+        self.keep_days, self._room, self._batch_s = keep_days, room, batch_s
         self._lock_s, self._deadline_s = lock_s, deadline_s
         self._clock, self._report, self._migrations = clock, report, migrations
         self._waiting: deque[Receipt] = deque(maxlen=room)
@@ -18579,17 +18591,24 @@ class Ledger:
         self._thread = threading.Thread(target=self._work, name="ledger", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """Write what waits and stop. It may take as long as others hold the lock."""
+    def close(self, seconds: float | None = None) -> None:
+        """Write what waits and stop; it is given up after so many seconds. Blocks."""
         if self._thread:
             self._closing = True
             self._wake.set()
-            self._thread.join()
+            self._thread.join(seconds)
             self._thread = None
+            if lost := self.waiting:
+                self._report(logging.ERROR, f"ledger_lost receipts={lost} path={self.path}")
 
     def flush(self) -> None:
-        """Write what waits now. It blocks; for any thread but the event loop's."""
-        self._turn()
+        """Write what waits now, if that can be done soon. It blocks; for any thread but the event
+        loop's."""
+        if not self.error and self._own.acquire(timeout=_SOON_S):
+            try:
+                self._try_to_write()
+            finally:
+                self._own.release()
 
     @property
     def waiting(self) -> int:
@@ -18684,8 +18703,6 @@ class Ledger:
         if self.waiting:
             self._turn()  # by now in another file, if the first was damaged
         self._disconnect()
-        if lost := self.waiting:
-            self._report(logging.ERROR, f"ledger_lost receipts={lost} path={self.path}")
 
     def _turn(self) -> None:
         """Write all that waits, and prune. Whatever goes wrong, serving goes on."""
@@ -18699,7 +18716,7 @@ class Ledger:
             self._disconnect()
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code in _UNREADABLE:
-                self._set_aside(error)
+                self._setaside(error)
                 return
             if not code and not isinstance(error, OSError | ImportError | LedgerError):
                 self.dropped += len(self._batch)  # a bug: these receipts would only fail again
@@ -18735,8 +18752,8 @@ class Ledger:
             many = "rowid <= (SELECT max(rowid) FROM receipts) - ?"
             db.execute(f"DELETE FROM receipts WHERE {many}", (_MEMORY_ROWS,))  # noqa: S608
         now = self._clock()
-        if now >= self._prune_at and self._keep_days:
-            oldest = now // 10**6 - int(self._keep_days * _DAY_MS)
+        if now >= self._prune_at and self.keep_days:
+            oldest = now // 10**6 - int(self.keep_days * _DAY_MS)
             old = "SELECT rowid FROM receipts WHERE at < ? ORDER BY at LIMIT ?"
             sql = f"DELETE FROM receipts WHERE rowid IN ({old})"  # noqa: S608
             if db.execute(sql, (oldest, _PRUNE_ROWS)).rowcount < _PRUNE_ROWS:
@@ -18797,14 +18814,19 @@ class Ledger:
         if db:
             db.close()
 
-    def _set_aside(self, error: Exception) -> None:
+    def _setaside(self, error: Exception) -> None:
         """Keep a file that is damaged for who wants to repair it, and begin another."""
-        aside = f"{self.path}.corrupt-{self._clock() // 10**9}"
-        if self._is_in_place():  # or else another process has done it
+        kept = f"{self.path}.corrupt-{self._clock() // 10**9}"
+        if not self._is_in_place():
+            return  # another process has done it
+        try:
             for suffix in ("-wal", "-shm", ""):
                 with suppress(FileNotFoundError):
-                    os.rename(self.path + suffix, aside + suffix)  # noqa: PTH104
-            self._report(logging.ERROR, f"ledger_corrupt error={error} kept={aside} begun=anew")
+                    os.rename(self.path + suffix, kept + suffix)  # noqa: PTH104
+        except OSError as why_not:
+            self._failing(OSError(f"{error}, and it cannot be moved aside: {why_not}"))
+        else:
+            self._report(logging.ERROR, f"ledger_corrupt error={error} kept={kept} begun=anew")
 
     def _failing(self, error: Exception) -> None:
         """Say so: when it begins, when it changes, and once a minute."""
@@ -18879,6 +18901,8 @@ def _condition(query: UsageQuery | RequestsQuery) -> tuple[str, tuple[str | int,
 # gone costs spans (the oldest first, and they are counted), never a request.
 
 _MOST_TRIES = 5
+_BATCH_BYTES = 4 * 1024 * 1024  # about, of contents: collectors take 20 MB at once
+_MOST_WAITING_BYTES = 64 * 1024 * 1024
 _LEAST_PAUSE_S = 0.01  # between two looks, whatever the settings say
 _FIRST_PAUSE_S = 1.0
 _LAST_WORDS_S = 3.0  # for what is left when the process ends
@@ -18899,9 +18923,8 @@ class Exporter:
         self.errors: dict[str, str] = {}
         self._metrics = metrics
         self._queue: deque[tuple[Receipt, Pairs]] = deque()
-        self._spans = 0  # of the requests in the queue
+        self._spans = self._weight = 0  # of the requests in the queue, and of their contents
         self._full: asyncio.Event | None = None
-        self._began_ns = time.time_ns()
 
     @property
     def traces(self) -> bool:
@@ -18914,16 +18937,19 @@ class Exporter:
 
     def put(self, receipt: Receipt, content: Pairs) -> None:
         """Export a request's spans, soon. content: as of spans_of."""
-        queue = self._queue
-        queue.append((receipt, content))
-        self._spans += 1 + len(receipt.tried)
-        while self._spans > self.settings.queue:
-            oldest, _ = queue.popleft()
-            lost = 1 + len(oldest.tried)
-            self._spans -= lost
-            self.dropped["traces"] += lost
-        if self._full and self._spans >= self.settings.batch:
+        self._queue.append((receipt, content))
+        self._count(receipt, content, 1)
+        while self._spans > self.settings.queue or self._weight > _MOST_WAITING_BYTES:
+            self.dropped["traces"] += self._count(*self._queue.popleft(), -1)
+        if self._full and (self._spans >= self.settings.batch or self._weight > _BATCH_BYTES):
             self._full.set()
+
+    def _count(self, receipt: Receipt, content: Pairs, sign: int) -> int:
+        """Add a request to what waits, or take it away. Returns its spans."""
+        spans = 1 + len(receipt.tried)
+        self._spans += sign * spans
+        self._weight += sign * sum(len(str(value)) for _, value in content)
+        return spans
 
     async def send_traces(self) -> None:
         """For ever: whenever a batch is full, or has been gathered for long enough."""
@@ -18950,6 +18976,8 @@ class Exporter:
                 refresh()
                 await self._send_metrics()
         self.dropped["traces"] += self._spans
+        if self._spans:
+            log.warning("export_lost spans=%d", self._spans)
 
     def status(self) -> JsonObject:
         """Where what goes, without headers."""
@@ -18968,23 +18996,29 @@ class Exporter:
         where = self.settings.traces
         while where and self._queue:
             batch: list[tuple[Receipt, Pairs]] = []
-            count = 0
+            count, rest = 0, max(0, self._weight - _BATCH_BYTES)
             while self._queue and (not batch or count < self.settings.batch):
                 batch.append(self._queue.popleft())
-                count += 1 + len(batch[-1][0].tried)
-            self._spans -= count
+                count += self._count(*batch[-1], -1)
+                if self._weight < rest:
+                    break
             encode = encode_traces_json if where.as_json else encode_traces
             spans = (span for one in batch for span in spans_of(*one))
-            await self._deliver(
-                "traces", where, partial(encode, self.settings.resource, spans), count
-            )
+            make = partial(encode, self.settings.resource, spans)
+            try:
+                await self._deliver("traces", where, make, count)
+            except asyncio.CancelledError:  # `finish` may still have the time
+                self._queue.extendleft(reversed(batch))
+                for one in batch:
+                    self._count(*one, 1)
+                raise
 
     async def _send_metrics(self) -> None:
         where = self.settings.metrics
         if where:
             encode = encode_metrics_json if where.as_json else encode_metrics
             now = time.time_ns()
-            make = partial(encode, self.settings.resource, self._metrics, self._began_ns, now)
+            make = partial(encode, self.settings.resource, self._metrics, self._metrics.began, now)
             await self._deliver("metrics", where, make, 1)
 
     async def _deliver(
@@ -18992,12 +19026,12 @@ class Exporter:
     ) -> None:
         """Send a batch, again if there is hope; otherwise it is dropped, and told."""
         until = time.monotonic() + self.settings.batch_timeout_s
-        body = await _aside(encode)
+        body = await aside(encode)
         pause_s, said = _FIRST_PAUSE_S, ""
         for tries in range(1, _MOST_TRIES + 1):
             try:
                 async with asyncio.timeout(where.timeout_s):  # urllib's begins anew with each byte
-                    said, again_s = await _aside(lambda: post_otlp(where, body))
+                    said, again_s = await aside(lambda: post_otlp(where, body))
             except TimeoutError:
                 said, again_s = f"the collector took longer than {where.timeout_s:g} s", 0.0
             if not said:
@@ -19095,7 +19129,7 @@ def without_password(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
 
 
-async def _aside(work: Callable[[], T]) -> T:
+async def aside(work: Callable[[], T]) -> T:
     """What blocks, in a thread that no process waits for at its end."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
@@ -20063,6 +20097,9 @@ def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadReques
 # ---------------------------------------------------------------------------------------------
 
 
+_LEDGER_CLOSES_S = 6.0  # longer than it waits for other processes once
+
+
 class App:
     """Put together once, by the command line or by a test.
 
@@ -20081,6 +20118,7 @@ class App:
         exporter: None if nothing is exported.
         watchers: who is told of each request as it happens, as Server-Sent Events.
         in_flight: requests to models that are being served.
+        questions: asked of the ledger, and not answered yet.
         draining: no new requests; running ones finish.
     """
 
@@ -20114,11 +20152,11 @@ class App:
         self.conversations = Memory(20_000, 20_000, 3600.0)
         self.may_fetch_from: Callable[[str], bool] = is_public
         self.draining = False
-        self.metrics = Metrics()
+        self.metrics = Metrics(began=time.time_ns())
         self.ledger = Ledger("memory:")
         self.exporter: Exporter | None = None
         self.watchers: set[Callable[[bytes], None]] = set()
-        self.in_flight = 0
+        self.in_flight = self.questions = 0
         self._booking = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._kept: tuple[Any, ...] = ()
@@ -20162,18 +20200,21 @@ class App:
     def _configure_books(self) -> None:
         state, told = self.config.state, otel_of(self.config, self.environ)
         self.warnings += told.warnings
+        if ledger_path(self.environ, state.url) == "memory:" != state.url:
+            self.warnings.append("there is no home directory: receipts are kept in memory")
         wanted = (ledger_path(self.environ, state.url), state.keep_days)
         if (before := self._kept) == (wanted, told):
             return
         self._kept = (wanted, told)
-        if not before or before[0] != wanted:
+        self.ledger.keep_days = state.keep_days
+        if not before or before[0][0] != wanted[0]:
             old, self.ledger = (
                 self.ledger,
                 Ledger(wanted[0], keep_days=state.keep_days, report=self._report),
             )
             if self._booking:
                 self.ledger.start()
-                self.spawn(asyncio.to_thread(old.close))
+                self.spawn(aside(partial(old.close, _LEDGER_CLOSES_S)))
         if not before or before[1] != told:
             for task in self._exporting:
                 task.cancel()
@@ -20251,12 +20292,17 @@ class App:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if self._booking:
-            self._booking = False
             if self.exporter:
                 await self.exporter.finish(self.refresh_gauges)
-            await asyncio.to_thread(self.ledger.close)
+            await self.close_ledger(_LEDGER_CLOSES_S)
         self.sweeper.stop()
         self.pool.close()
+
+    async def close_ledger(self, seconds: float) -> None:
+        """Write the receipts that wait, if that does not take longer."""
+        await aside(partial(self.ledger.close, seconds))
+        await asyncio.sleep(0)  # what it has to report comes in the loop's next turn
+        self._booking = False
 
     def new_id(self) -> str:
         """96 random bits: for people to tell requests apart, not for secrets."""
@@ -20864,6 +20910,7 @@ _RETURNED_PREFIXES = ("openai-", "anthropic-", "x-ratelimit-", "x-goog-", "x-gro
 _ANTHROPIC_VERSION = "2023-06-01"  # the one that accepts all fields; a caller's own goes first
 JSON_HEADERS = {"content-type": "application/json"}
 _MAX_ERROR_BYTES = 1024 * 1024
+_TAIL_BYTES = 2048  # of an answer that is not looked into, in which its usage may stand
 _MAX_WHOLE_BYTES = MAX_EVENT_BYTES  # of a whole answer to a request for a stream
 
 
@@ -20907,6 +20954,7 @@ class Call:
         at: when it came, milliseconds since 1970.
         tried: what became of each attempt, in the order in which they began; both of a race's.
         upstream_s: seconds that providers were waited for, up to when the last one was heard out.
+        paused_s: seconds between attempts.
         finish, answer_id: as in StreamState.
         events: what the answer seems to have had of tokens, if nobody says.
         trace: where its spans belong; None if there are none.
@@ -20960,6 +21008,7 @@ class Call:
     at: int = 0
     tried: list[Tried | None] = field(default_factory=list)
     upstream_s: float = 0.0
+    paused_s: float = 0.0
     heard_at: float = 0.0
     finish: str = ""
     answer_id: str = ""
@@ -21078,6 +21127,8 @@ class Call:
 
     def book(self, usage: Usage | None) -> None:
         """Note what was used, and what it cost if that is known."""
+        if usage is not None and sum(usage) > MOST_TOKENS:  # garbage: nobody knows
+            usage = None
         self.usage = usage
         if usage is not None and self.target is not None:
             self.cost_nano = cost_nanousd(usage, self.target.price)
@@ -21404,7 +21455,9 @@ def set_form_field(
 async def _translated(app: App, call: Call, target: Target) -> _Outgoing:
     """The caller's request in a target's words. Raises UpstreamUnfit if they cannot say it."""
     prompt, undo, traits = _adapted(app, call, target)
+    began_at = time.monotonic()
     prompt = await with_fetched_media(prompt, target.protocol, traits, app.may_fetch_from)
+    call.upstream_s += time.monotonic() - began_at
     return _written(app, call, target, prompt, undo, traits)
 
 
@@ -21920,6 +21973,8 @@ class _StreamSink:
 
     def _note(self) -> None:
         call, state = self._call, self._relay.state
+        for loss in self._translation.losses.found if self._translation else ():
+            call.losses.add(loss.code, loss.field, harmful=loss.harmful)
         call.book(state.usage)
         call.finish, call.answer_id, call.events = state.finish, state.answer_id, state.events
 
@@ -22014,6 +22069,7 @@ class _RawSink:
         self._head: ResponseHead | None = None
         self._refused: list[bytes] | None = None
         self._refused_bytes = 0
+        self._tail = b""
 
     def on_head(self, head: ResponseHead) -> None:
         self._head = head
@@ -22034,6 +22090,7 @@ class _RawSink:
 
     def on_body(self, data: bytes) -> None:
         if self._refused is None:
+            self._tail = (self._tail + data)[-_TAIL_BYTES:]
             self._reply.write(data)
             if self._reply.slow:
                 self._connection.pause()
@@ -22048,6 +22105,8 @@ class _RawSink:
             fail_future(self.done, _refusal(self._call, self._target, self._head, body))
         elif not self.done.done():
             self._reply.on_flow = None
+            if b'"usage"' in self._tail:  # of pictures and transcripts
+                self._call.book(self._call.codec.usage(_usage_at_end(self._tail)))
             self._reply.end()
             self.done.set_result(None)
 
@@ -22282,7 +22341,7 @@ async def _in_turn(app: App, call: Call, reply: Reply, chain: tuple[Target, ...]
             if pause_s is None:
                 break
             retries += 1
-            await asyncio.sleep(pause_s)
+            await _pause(call, pause_s)
     if not call.failed and waits:
         told = "; ".join(f"{name}: {why}" for name, why in call.skipped.items())
         raise LimitReached(
@@ -22316,7 +22375,12 @@ def _take(app: App, call: Call, target: Target) -> float:
 async def _back_off(call: Call, asked: int) -> None:
     pauses = call.rules.fallback_backoff_ms
     if pauses:
-        await asyncio.sleep(pauses[min(asked, len(pauses)) - 1] / 1000)
+        await _pause(call, pauses[min(asked, len(pauses)) - 1] / 1000)
+
+
+async def _pause(call: Call, seconds: float) -> None:
+    call.paused_s += seconds  # asked for by others, and no work of ours
+    await asyncio.sleep(seconds)
 
 
 async def _hedged(
@@ -22868,8 +22932,8 @@ def receipt_for(call: Call, status: int, error: BitrouterError | None) -> Receip
         _FINISHES.get(call.finish, call.finish.lower())[:_LONGEST],
         call.answer_id[:_LONGEST],
         (warned_of(call) or "")[:_MOST_WARNED],
-        session_name(headers, call.given.value) if call.given else "",
-        _tags_in(headers["x-bitrouter-tags"]) if "x-bitrouter-tags" in headers else (),
+        _session_of(call),
+        _tags_of(call),
         trace.trace if trace else "",
         trace.span if trace else "",
         trace.parent if trace else "",
@@ -22895,7 +22959,7 @@ def _waited(call: Call) -> float:
     for tried in sorted((one for one in call.tried if one), key=lambda one: one.began):
         total += max(0.0, tried.began + tried.took - max(end, tried.began))
         end = max(end, tried.began + tried.took)
-    return total if call.race else min(total, call.upstream_s)
+    return call.paused_s + (total if call.race else min(total, call.upstream_s))
 
 
 def _used(call: Call) -> tuple[Usage | None, int | None, bool]:
@@ -22915,11 +22979,27 @@ def _used(call: Call) -> tuple[Usage | None, int | None, bool]:
     return usage, cost_nanousd(usage, call.target.price), True
 
 
+def _session_of(call: Call) -> str:
+    named = plain(session_name(call.headers, call.given.value)) if call.given else ""
+    return named or (call.bridge.episode if call.bridge else "")
+
+
+def _tags_of(call: Call) -> tuple[tuple[str, str], ...]:
+    told = call.headers.get("x-bitrouter-tags", "")
+    tags = _tags_in(told) if told else ()
+    if call.bridge and call.bridge.tags:  # TensorZero's clients send theirs in the body
+        pairs = [f"{name}={value}" for name, value in call.bridge.tags.items()]
+        tags = (*tags, *_tags_in(",".join(pairs)))
+    return tags
+
+
 @functools.lru_cache(maxsize=1024)
 def _tags_in(text: str) -> tuple[tuple[str, str], ...]:
     """Tags as a header has them: team=search,env=prod."""
     pairs = (part.partition("=") for part in text.split(",")[:_MOST_TAGS])
-    named = ((name.strip()[:64], value.strip()[:_LONGEST]) for name, _, value in pairs)
+    named = (
+        (plain(name.strip()[:64]), plain(value.strip()[:_LONGEST])) for name, _, value in pairs
+    )
     return tuple({name: value for name, value in named if name}.items())
 
 
@@ -23064,19 +23144,25 @@ def given_in_headers(request: HttpRequest) -> str:
     return token.strip() if scheme.lower() == "bearer" else ""
 
 
+# Of what concerns nobody but who asks.
+PRIVATE_HEADERS = {
+    "cache-control": "no-store",
+    "x-content-type-options": "nosniff",
+    "cross-origin-resource-policy": "same-origin",
+}
 _CSV_HEADERS = {"content-type": "text/csv; charset=utf-8"}
 
 
 async def get_usage(app: App, request: HttpRequest, reply: Reply) -> None:
     """GET /v1/usage: what was used and what it cost, in groups."""
     query = usage_query(_asked_in(app, request), now_ms())
-    _send_answer(reply, await _from_ledger(app, partial(app.ledger.usage, query)), query.csv)
+    await _answer_from_ledger(app, reply, partial(app.ledger.usage, query), query.csv)
 
 
 async def get_requests(app: App, request: HttpRequest, reply: Reply) -> None:
     """GET /v1/requests: receipts, newest first."""
     query = requests_query(_asked_in(app, request), now_ms())
-    _send_answer(reply, await _from_ledger(app, partial(app.ledger.requests, query)), query.csv)
+    await _answer_from_ledger(app, reply, partial(app.ledger.requests, query), query.csv)
 
 
 def now_ms() -> int:
@@ -23104,30 +23190,40 @@ def _asked_in(app: App, request: HttpRequest) -> dict[str, str]:
     return asked
 
 
-async def _from_ledger(app: App, read: Callable[[], JsonObject]) -> JsonObject:
+async def _answer_from_ledger(
+    app: App, reply: Reply, read: Callable[[], JsonObject], as_csv: bool
+) -> None:
     """Raises LedgerError."""
+    if app.questions >= _MOST_QUESTIONS:
+        said = f"{_MOST_QUESTIONS} questions are being answered already; try again"
+        raise LedgerError(said, retry_after_s=1.0)
 
-    def work() -> JsonObject:
+    def work() -> bytes:
         app.ledger.flush()
-        return read()
+        answer = read()
+        if app.ledger.error:
+            answer |= {"incomplete": app.ledger.error, "waiting": app.ledger.waiting}
+        return answer_csv(answer).encode() if as_csv else compact(answer)
 
-    return await asyncio.get_running_loop().run_in_executor(None, work)
+    app.questions += 1
+    try:
+        body = await aside(work)
+    finally:
+        app.questions -= 1
+    kind = _CSV_HEADERS if as_csv else JSON_HEADERS
+    reply.send(200, body, {**kind, **PRIVATE_HEADERS})
 
 
-def _send_answer(reply: Reply, answer: JsonObject, as_csv: bool) -> None:
-    if as_csv:
-        reply.send(200, answer_csv(answer).encode(), _CSV_HEADERS)
-    else:
-        reply.send(200, compact(answer), JSON_HEADERS)
+_MOST_QUESTIONS = 8  # at once: each has a thread
 
 
 async def get_metrics(app: App, request: HttpRequest, reply: Reply) -> None:
     """GET /metrics, in Prometheus' text or in OpenMetrics'."""
     app.refresh_gauges()
     newer = "application/openmetrics-text" in request.headers.get("accept", "")
-    text = prometheus_text(app.metrics, openmetrics=newer)
     kind = OPENMETRICS_TYPE if newer else PROMETHEUS_TYPE
-    reply.send(200, text.encode(), {"content-type": kind})
+    text = await aside(partial(prometheus_text, app.metrics, openmetrics=newer))
+    reply.send(200, text.encode(), {"content-type": kind, **PRIVATE_HEADERS})
 
 
 async def get_events(app: App, request: HttpRequest, reply: Reply) -> None:
@@ -23144,7 +23240,7 @@ async def get_events(app: App, request: HttpRequest, reply: Reply) -> None:
             reply.write(told)
 
     reply.heartbeat = b": .\n\n"
-    headers = {"content-type": "text/event-stream", "cache-control": "no-store"}
+    headers = {"content-type": "text/event-stream", **PRIVATE_HEADERS}
     if request.head.method == "HEAD":
         reply.send(200, b"", headers)
         return
@@ -23285,7 +23381,8 @@ def _path_for(base_path: str, path: str, google: bool, anthropic: bool) -> Path:
 
 def _below(base_path: str, path: str) -> tuple[bool, str]:
     """Whether a path goes through /v1beta, and what is left of it below that or /v1."""
-    path = path[len(base_path) :] if base_path and path.startswith(base_path + "/") else path
+    if base_path and (path + "/").startswith(base_path + "/"):
+        path = path[len(base_path) :]
     found = re.match(r"(?:/openai(?=/v1/))?(?:/v1beta(?=/|$)|/v1(?=/|$))*", path)
     prefix = found[0] if found else ""
     return "/v1beta" in prefix, path[len(prefix) :] or "/"
@@ -23398,6 +23495,13 @@ def _check_origin(app: App, request: HttpRequest) -> Headers:
         )
     origin = headers.get("origin")
     if origin is None:
+        from_elsewhere = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        if from_elsewhere and headers.get("sec-fetch-mode") != "navigate":  # <img>, <script>
+            raise Forbidden(
+                "another web page has asked for this, without saying which; pages that may are "
+                "named in server.cors_origins",
+                code="origin_not_allowed",
+            )
         return {}
     if origin in server.cors_origins or "*" in server.cors_origins:
         return {"access-control-allow-origin": origin, "vary": "Origin"}
@@ -23887,7 +23991,7 @@ def status_facts(app: App) -> JsonObject:
 
 
 async def _get_status(app: App, request: HttpRequest, reply: Reply) -> None:  # noqa: ARG001
-    reply.send(200, compact(status_facts(app)), JSON_HEADERS)
+    reply.send(200, compact(status_facts(app)), {**JSON_HEADERS, **PRIVATE_HEADERS})
 
 
 # What is served where. Paths are below /v1 and /v1beta; models have OPERATIONS and GEMINI_VERBS.
@@ -24004,8 +24108,10 @@ async def serve(
     again = loop.create_task(stop.wait())
     await asyncio.wait({draining, again}, return_when=asyncio.FIRST_COMPLETED)
     again.cancel()
-    if not draining.done():
-        await asyncio.to_thread(app.ledger.close)  # cut short or not: what is known is written
+    if not draining.done():  # cut short or not: what is known is written
+        listener.cut()
+        await asyncio.sleep(0)
+        await app.close_ledger(1.0)
     if controller:
         controller.close()
         with suppress(OSError):
@@ -24040,7 +24146,10 @@ async def _watch(app: App, watched: Callable[[], tuple[str, ...]]) -> None:
         settled, before = now == before, now
         there = all(list(now.values())[:1])  # the file itself, if not its keys
         if settled and there and now != known and app.reload:
-            await app.reload({})
+            try:
+                await app.reload({})
+            except Exception:  # a bug: later changes are to be seen all the same
+                log.exception("reload_failed")
             before = known = {path: _stamp_of(path) for path in watched()}
 
 
@@ -24169,9 +24278,13 @@ class Listener:
                 for connection in self._opened:
                     connection.close_if_idle()
                 await self._opened.gone()
+        self.cut()
+        await self.app.stop()
+
+    def cut(self) -> None:
+        """Break off whatever is being answered."""
         for connection in self._opened:
             connection.abort()
-        await self.app.stop()
 
     @property
     def connections(self) -> int:
@@ -24448,6 +24561,10 @@ def _load_config(given: str, environ: Mapping[str, str]) -> tuple[Loaded, str]:
             return file.read(_MAX_KEY_FILE)
 
     loaded = parse_config(text, environ, path, read_file)
+    state = loaded.config.state
+    if state.url and state.url != "memory:":
+        own = os.path.expanduser(state.url.removeprefix("sqlite://"))  # noqa: PTH111
+        state.url = os.path.join(folder, own)  # noqa: PTH118
     files = (os.path.join(folder, os.path.expanduser(name)) for name in loaded.files)  # noqa: PTH118, PTH111
     return loaded._replace(files=(path, *files)), path
 
@@ -25192,7 +25309,7 @@ def show(args: argparse.Namespace, facts: JsonObject, rows: Iterable[Iterable[st
     if args.json or not (args.human or sys.stdout.isatty()):
         say(json.dumps(facts, indent=2))
         return
-    table = [list(row) for row in rows]
+    table = [[plain(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=False)]
     for row in table:
         say("  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=False)).rstrip())

@@ -273,8 +273,10 @@ def test_where_the_ledger_is(environ: dict[str, str], url: str, found: str) -> N
 
 
 def test_another_database_is_refused_without_telling_its_password() -> None:
-    with pytest.raises(bitrouter.ConfigError, match=r"one that begins postgres:$"):
-        bitrouter.ledger_path({}, "postgres://me:password@host/db")
+    text = '[state]\nurl = "postgres://u:secret@h/db"\n'
+    [problem] = bitrouter.parse_config(text, {}).problems
+    assert problem.startswith("bitrouter.toml:2: state.url: expected the path of an SQLite file")
+    assert problem.endswith("got one that begins with postgres:")
 
 
 def test_where_there_is_no_file_nothing_is_told_and_none_is_made(path: Path) -> None:

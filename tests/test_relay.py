@@ -212,6 +212,22 @@ def test_usage_asked_for_passes_as_it_came() -> None:
     assert passed(StreamRelay(CHAT), [raw]) == raw
 
 
+def test_of_running_totals_the_last_one_counts_wherever_the_stream_is_cut() -> None:
+    def event(n: int, **more: Any) -> bytes:
+        told = {"candidates": [{"content": {"parts": [{"text": "b"}]}, **more}]}
+        told["usageMetadata"] = {"promptTokenCount": 9, "candidatesTokenCount": n}
+        return b"data: %b\r\n\r\n" % json.dumps(told).encode()
+
+    events = [*(event(n) for n in range(1, 6)), event(6, finishReason="STOP")]
+    for cut in range(1, 7):
+        relay = StreamRelay(GEMINI)
+        for one in events[:cut]:
+            relay.feed(one)
+        relay.settle()
+        assert relay.state.usage == Usage(9, cut)
+        assert relay.state.events == cut
+
+
 def test_a_running_total_is_known_though_the_last_event_does_not_repeat_it() -> None:
     total = (
         b'data: {"candidates":[{"content":{"parts":[{"text":"b"}]}}],"usageMetadata":%b}\r\n\r\n'
