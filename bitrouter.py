@@ -10644,6 +10644,10 @@ def _check_references(config: Config, reader: _Reader) -> None:
     if len(set(config.provider_priority)) != len(config.provider_priority):
         reader.problem(("provider_priority",), "a class stands in it twice")
     _check_server(config.server, reader)
+    endpoint = config.otel.endpoint if config.otel else ""
+    if endpoint and not re.match(r"https?://[^/]", endpoint):
+        said = "expected an address such as http://localhost:4318"
+        reader.problem(("otel", "endpoint"), said)
     if scheme := re.match(r"(?!memory:$|sqlite:)\w{2,}:", config.state.url):
         # No more of it is shown: it may hold a password.
         said = "expected the path of an SQLite file, or memory:; got one that begins with "
@@ -14394,8 +14398,9 @@ class _Migrator:
             self.note("warning", (*traces.path, "format"), said)
         if wanted:
             self._otel = settings
-            said = "sent over HTTP, not gRPC: OTEL_EXPORTER_OTLP_ENDPOINT is then the collector's"
-            self.note("note", (*traces.path, "enabled"), f"{said} port 4318, not 4317")
+            said = "sent over HTTP, not gRPC: set OTEL_EXPORTER_OTLP_ENDPOINT to the collector's"
+            said += " port 4318, and unset OTEL_EXPORTER_OTLP_TRACES_ENDPOINT if it says 4317"
+            self.note("note", (*traces.path, "enabled"), said)
         traces.end()
         otlp.end()
         export.end()
@@ -17286,6 +17291,7 @@ def is_sampled(trace: str, flags: int | None, sampler: str, ratio: float) -> boo
 # opentelemetry.io/docs/specs/otel/protocol/exporter, read 2026-11. What is wrong there is warned
 # of and taken as not said; nothing of it may keep a program from starting.
 
+_GRPC_PORT = 4317
 _OTLP_HOME = "http://localhost:4318"
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VISIBLE = re.compile(r"[\x20-\x7e]+")
@@ -17436,6 +17442,14 @@ def _exporting(told: _Variables, signal: str) -> Exporting | None:
     packed = told.choice(names("COMPRESSION"), "compression", ("gzip", "none"), "none")
     timeout_s = told.number(names("TIMEOUT"), "timeout_s", 10.0, unit=1e-3, least=0.001)
     headers = _headers_told(told, *names("HEADERS"))
+    parts = urlsplit(url)
+    if parts.port == _GRPC_PORT:
+        told.warn(f"{signal} endpoint", "port 4317 is usually gRPC's; over HTTP it is 4318")
+    if parts.username is not None:  # it must not be in what is told of the URL
+        pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}".encode()
+        basic = Secret(f"Basic {base64.b64encode(pair).decode()}")
+        headers = (*headers, ("authorization", basic))
+        url = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
     return Exporting(url, headers, form == "http/json", packed == "gzip", timeout_s)
 
 
@@ -20097,6 +20111,7 @@ def _unfetched(url: str, why: str, code: str = "media_not_fetched") -> BadReques
 # ---------------------------------------------------------------------------------------------
 
 
+_NEWS_S, _MOST_NEWS = 0.2, 50  # of requests, for who watches: so often, and so many at once
 _LEDGER_CLOSES_S = 6.0  # longer than it waits for other processes once
 
 
@@ -20152,10 +20167,13 @@ class App:
         self.conversations = Memory(20_000, 20_000, 3600.0)
         self.may_fetch_from: Callable[[str], bool] = is_public
         self.draining = False
+        self.callers: dict[bytes, str] = {}
+        self.auth_required = False
         self.metrics = Metrics(began=time.time_ns())
         self.ledger = Ledger("memory:")
         self.exporter: Exporter | None = None
         self.watchers: set[Callable[[bytes], None]] = set()
+        self._news: list[tuple[str, Callable[[], JsonObject]]] = []
         self.in_flight = self.questions = 0
         self._booking = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -20171,8 +20189,10 @@ class App:
         self.config = config
         self.health.breaker = config.upstream.breaker
         self.pool.idle_s = config.upstream.timeouts.pool_idle_s
-        self.callers = caller_keys(config, self.environ)
-        self.auth_required = auth_required(config)
+        callers, required = caller_keys(config, self.environ), auth_required(config)
+        if self.watchers and (callers, required) != (self.callers, self.auth_required):
+            self.end_watching()  # who may still watch comes back
+        self.callers, self.auth_required = callers, required
         self.reroute()
         self._configure_books()
         for ident, now in self.router.active.items():
@@ -20253,10 +20273,26 @@ class App:
         sweeper = self.sweeper
         return max(0.0, sweeper.lag_s, time.monotonic() - sweeper.now - sweeper.tick_s)
 
-    def tell_watchers(self, event: str, facts: JsonObject) -> None:
-        told = sse_encode(compact(facts), event)
+    def tell_watchers(self, event: str, make: Callable[[], JsonObject]) -> None:
+        """Soon: what happens in a moment goes out together, and of very much only some."""
+        self._news.append((event, make))
+        if len(self._news) == 1:
+            asyncio.get_running_loop().call_later(_NEWS_S, self._tell_news)
+
+    def end_watching(self) -> None:
+        """Tell what there is to tell, and that no more will come."""
+        self._tell_news()
         for watcher in tuple(self.watchers):
-            watcher(told)
+            watcher(b"")
+
+    def _tell_news(self) -> None:
+        news, missed = self._news[-_MOST_NEWS:], len(self._news) - _MOST_NEWS
+        self._news.clear()
+        told = [sse_encode(compact(make()), event) for event, make in news]
+        if missed > 0:
+            told.append(sse_encode(compact({"missed": missed}), "gap"))
+        for watcher in tuple(self.watchers) if told else ():
+            watcher(b"".join(told))
 
     def reroute(self) -> None:
         """Resolve anew: by the configuration, and by what was found on this machine."""
@@ -20379,6 +20415,12 @@ class Errand:
             self.cancel()
 
 
+@functools.cache
+def _instance(pid: int) -> str:  # noqa: ARG001  a worker is not the process that it came from
+    """What tells this process from others that export the same."""
+    return os.urandom(16).hex()
+
+
 def otel_of(config: Config, environ: Mapping[str, str]) -> OtelSettings:
     """What is exported, by the configuration and the environment."""
     broken = [why for (section, _), why in config.broken.items() if section == "otel"]
@@ -20389,7 +20431,8 @@ def otel_of(config: Config, environ: Mapping[str, str]) -> OtelSettings:
             section[spec.name] = value
     if broken:  # with a part of it missing, a key might go to the wrong place
         section, environ = {}, {}
-    told = otel_settings(environ, section, {"service.version": __version__})
+    resource = {"service.version": __version__, "service.instance.id": _instance(os.getpid())}
+    told = otel_settings(environ, section, resource)
     return told._replace(warnings=(*told.warnings, *(f"otel is off: {why}" for why in broken)))
 
 
@@ -22900,7 +22943,7 @@ def book(app: App, call: Call, reply: Reply, error: BitrouterError | None) -> No
             content = _content(call, exporter.settings.content_max_bytes, app.writer.redact)
         exporter.put(receipt, content)
     if app.watchers:
-        app.tell_watchers("request", receipt_json(receipt))
+        app.tell_watchers("request", partial(receipt_json, receipt))
 
 
 def receipt_for(call: Call, status: int, error: BitrouterError | None) -> Receipt:
@@ -23591,7 +23634,7 @@ def _read_call(app: App, request: HttpRequest, asked: _Asked, call: Call) -> Non
     call.history = _history(app, call)
     if app.watchers:
         facts = {"id": call.id, "time": iso_time(call.at), "asked": call.model, "key": call.key}
-        app.tell_watchers("begun", {**facts, "stream": call.stream})
+        app.tell_watchers("begun", partial(dict, facts, stream=call.stream))
 
 
 def _begin_trace(app: App, call: Call, settings: OtelSettings) -> None:
@@ -24270,8 +24313,7 @@ class Listener:
         self.app.draining = True
         if self._server:
             self._server.close()
-        for watcher in tuple(self.app.watchers):
-            watcher(b"")  # no more will come
+        self.app.end_watching()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await asyncio.sleep(0)  # who was just accepted counts, too
@@ -25148,6 +25190,11 @@ def _about_ledger(config: Config) -> Finding:
         latest = Ledger(path).requests(asked)["data"]
     except LedgerError as error:
         return Finding("ledger", "wrong", error.message)
+    there = path
+    while not os.path.exists(there):  # noqa: PTH110
+        there = os.path.dirname(there) or "."  # noqa: PTH120
+    if not os.access(there, os.W_OK):
+        return Finding("ledger", "wrong", f"{there} cannot be written: receipts would be lost")
     said = f"the latest receipt is of {latest[0]['time']}" if latest else "no receipt yet"
     return Finding("ledger", "ok", f"{path}: {said}")
 

@@ -401,6 +401,26 @@ async def test_the_head_of_the_events_is_all_there_is(books: Any) -> None:
         assert not gw.app.watchers
 
 
+async def test_of_very_many_requests_watchers_see_some_and_know_it(books: Any) -> None:
+    async with books(OK) as (gw, _), gw.caller() as watcher:
+        task = asyncio.ensure_future(watcher.get("/api/events"))
+        await until(lambda: gw.app.watchers)
+        for _ in range(80):
+            gw.app.tell_watchers("request", lambda: {"id": "x"})
+        gw.app.end_watching()
+        answer = await task
+        assert len(answer.events()) == 51 and answer.events()[-1] == {"missed": 30}
+
+
+async def test_watchers_are_sent_home_when_keys_change(books: Any) -> None:
+    async with books(OK) as (gw, up), gw.caller() as watcher:
+        task = asyncio.ensure_future(watcher.get("/api/events"))
+        await until(lambda: gw.app.watchers)
+        text = MEMORY + PRICED.format(up.base) + '[keys.ci]\nkey = "sk-of-the-ci-runner"\n'
+        gw.app.configure(bitrouter.parse_config(text, {}).config)
+        assert (await task).status == 200 and not gw.app.watchers
+
+
 async def test_the_page_may_load_nothing_but_itself(books: Any) -> None:
     async with books(OK) as (gw, _):
         answer = await got(gw, "/")
@@ -577,6 +597,17 @@ async def test_headers_of_traces_can_be_kept_from_a_provider(books: Any, provide
         await said(gw, ask(model="m"), traceparent=PARENT, baggage="a=b", tracestate="c=d")
         seen = up.seen[0].headers
         assert "traceparent" not in seen and seen["baggage"] == "x" and seen["tracestate"] == "c=d"
+
+
+def test_each_process_is_an_instance_of_its_own() -> None:
+    told = [dict(bitrouter.otel_of(bitrouter.Config(), {}).resource) for _ in range(2)]
+    assert told[0] == told[1] and re.fullmatch("[0-9a-f]{32}", str(told[0]["service.instance.id"]))
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:4318", "file:///etc/passwd", "http://"])
+def test_an_address_that_is_none_is_told_when_the_file_is_read(endpoint: str) -> None:
+    [problem] = bitrouter.parse_config(f'[otel]\nendpoint = "{endpoint}"', {}).problems
+    assert problem.startswith("bitrouter.toml:2: otel.endpoint: expected an address such as http")
 
 
 @pytest.mark.parametrize("text", ["[otel]", "[otel]\ntraces = true", "[otel]\nmetrics = true"])

@@ -348,7 +348,7 @@ NOT_CARRIED = [
     ),
     ("rate_limiting.default_cost = 2.0", "warning", "limits of cost"),
     ("rate_limiting.foo = 1", "unknown", "no such key"),
-    ("gateway.export.otlp.traces.enabled = true", "note", "port 4318, not 4317"),
+    ("gateway.export.otlp.traces.enabled = true", "note", "port 4318, and unset"),
     (
         "gateway.export.otlp.traces = {enabled = true, format = 'openinference'}",
         "warning",

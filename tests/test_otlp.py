@@ -779,3 +779,15 @@ def test_a_ratio_takes_its_share_of_traces_and_always_the_same(ratio: float) -> 
 def test_a_text_is_never_longer_than_it_may_be(most: int) -> None:
     assert len(cut_text("a" * 1000, most).encode()) <= most
     assert cut_text("ab", 2) == "ab"
+
+
+def test_a_password_in_an_address_becomes_a_header() -> None:
+    told = otel_settings({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://user:p%40ss@collector:4318"})
+    assert told.traces and told.traces.url == "http://collector:4318/v1/traces"
+    [(name, value)] = told.traces.headers
+    assert (name, value.reveal()) == ("authorization", "Basic dXNlcjpwQHNz")
+
+
+def test_the_port_of_grpc_is_warned_of() -> None:
+    told = otel_settings({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://collector:4317"})
+    assert any("over HTTP it is 4318" in said for said in told.warnings)
