@@ -16890,18 +16890,23 @@ def _answer_pairs(receipt: Receipt, tried: Tried) -> Iterator[tuple[str, Value]]
 # Requests to the collector.
 
 
-def encode_traces(resource: Pairs, batch: Iterable[Span]) -> bytes:
-    """An ExportTraceServiceRequest in protobuf."""
-    scope = _encode("ScopeSpans", {"scope": _SCOPE}) + b"".join(map(_span_wire, batch))
-    body = _encode("ResourceSpans", {"resource": _resource(resource)}) + _sized(0x12, scope)
+def spans_wire(spans: Iterable[Span], *, as_json: bool) -> bytes:
+    """A piece of a request to the collector: some spans, encoded."""
+    if as_json:
+        return b",".join([compact(span_json(span)) for span in spans])
+    return b"".join(map(_span_wire, spans))
+
+
+def encode_traces(resource: Pairs, pieces: Iterable[bytes], *, as_json: bool) -> bytes:
+    """An ExportTraceServiceRequest, in protobuf or in OTLP's JSON. pieces: as of spans_wire."""
+    if as_json:
+        scope = {"scope": _SCOPE, "spans": []}
+        told = {"resource": _resource(resource), "scopeSpans": [scope]}
+        head, _, tail = compact({"resourceSpans": [told]}).rpartition(b"[]")
+        return b"".join((head, b"[", b",".join(pieces), b"]", tail))
+    scope_spans = _encode("ScopeSpans", {"scope": _SCOPE}) + b"".join(pieces)
+    body = _encode("ResourceSpans", {"resource": _resource(resource)}) + _sized(0x12, scope_spans)
     return _sized(0x0A, body)
-
-
-def encode_traces_json(resource: Pairs, batch: Iterable[Span]) -> bytes:
-    """An ExportTraceServiceRequest in OTLP's JSON."""
-    scope = {"scope": _SCOPE, "spans": [span_json(span) for span in batch]}
-    told = {"resource": _resource(resource), "scopeSpans": [scope]}
-    return compact({"resourceSpans": [told]})
 
 
 def span_json(span: Span) -> JsonObject:
@@ -17082,22 +17087,30 @@ def _span_wire(span: Span) -> bytes:
         ids += f"2208{span.parent}"
     flags = _REMOTE if span.remote and span.parent else _LOCAL
     times = _SPAN_TIMES(0x39, span.start, 0x41, span.end)
-    shapes = [shape.wire for shape in span.shapes]
-    body = b"".join((bytes.fromhex(ids), flags, times, *shapes, *map(_pair_wire, span.pairs)))
-    return _sized(0x12, body)
+    out = [bytes.fromhex(ids), flags, times, *[shape.wire for shape in span.shapes]]
+    for key, value in span.pairs:
+        kind = type(value)
+        if kind is float:
+            out += (_float_head(key), _DOUBLE(value))
+        elif kind is int:
+            out.append(_int_wire(key, value))
+        else:
+            out.append(_pair_wire(key, value))
+    body = b"".join(out)
+    return b"\x12" + _varint(len(body)) + body
 
 
 _LOCAL, _REMOTE = b"\x85\x01\x01\x01\x00\x00", b"\x85\x01\x01\x03\x00\x00"
 
 
-def _pair_wire(pair: tuple[str, Value]) -> bytes:
+@functools.lru_cache(maxsize=4096)
+def _int_wire(key: str, value: int) -> bytes:
+    number = _varint(value)
+    return _head(key, 1 + len(number)) + b"\x18" + number
+
+
+def _pair_wire(key: str, value: Value) -> bytes:
     """One attribute of a span."""
-    key, value = pair
-    if type(value) is float:
-        return _float_head(key) + _DOUBLE(value)
-    if type(value) is int:
-        number = _varint(value)
-        return _head(key, 1 + len(number)) + b"\x18" + number
     if type(value) is str:
         text = value.encode(errors="replace")
         size = _varint(len(text))
@@ -18936,8 +18949,8 @@ class Exporter:
         self.dropped = Counter[str]()
         self.errors: dict[str, str] = {}
         self._metrics = metrics
-        self._queue: deque[tuple[Receipt, Pairs]] = deque()
-        self._spans = self._weight = 0  # of the requests in the queue, and of their contents
+        self._queue: deque[tuple[int, bytes]] = deque()  # a request's spans: how many, and encoded
+        self._spans = self._bytes = 0  # in the queue
         self._full: asyncio.Event | None = None
 
     @property
@@ -18950,20 +18963,26 @@ class Exporter:
         return self._spans
 
     def put(self, receipt: Receipt, content: Pairs) -> None:
-        """Export a request's spans, soon. content: as of spans_of."""
-        self._queue.append((receipt, content))
-        self._count(receipt, content, 1)
-        while self._spans > self.settings.queue or self._weight > _MOST_WAITING_BYTES:
-            self.dropped["traces"] += self._count(*self._queue.popleft(), -1)
-        if self._full and (self._spans >= self.settings.batch or self._weight > _BATCH_BYTES):
+        """Export a request's spans, soon. content: as of spans_of.
+
+        They are encoded here: a thread that did it would hold up the event loop's at each turn.
+        """
+        where = self.settings.traces
+        if where is None:
+            return
+        spans = spans_of(receipt, content)
+        self._queue.append((len(spans), spans_wire(spans, as_json=where.as_json)))
+        self._count(self._queue[-1], 1)
+        while self._spans > self.settings.queue or self._bytes > _MOST_WAITING_BYTES:
+            self.dropped["traces"] += self._count(self._queue.popleft(), -1)
+        if self._full and (self._spans >= self.settings.batch or self._bytes > _BATCH_BYTES):
             self._full.set()
 
-    def _count(self, receipt: Receipt, content: Pairs, sign: int) -> int:
+    def _count(self, piece: tuple[int, bytes], sign: int) -> int:
         """Add a request to what waits, or take it away. Returns its spans."""
-        spans = 1 + len(receipt.tried)
-        self._spans += sign * spans
-        self._weight += sign * sum(len(str(value)) for _, value in content)
-        return spans
+        self._spans += sign * piece[0]
+        self._bytes += sign * len(piece[1])
+        return piece[0]
 
     async def send_traces(self) -> None:
         """For ever: whenever a batch is full, or has been gathered for long enough."""
@@ -19009,22 +19028,22 @@ class Exporter:
     async def _send_queue(self) -> None:
         where = self.settings.traces
         while where and self._queue:
-            batch: list[tuple[Receipt, Pairs]] = []
-            count, rest = 0, max(0, self._weight - _BATCH_BYTES)
+            batch: list[tuple[int, bytes]] = []
+            count, rest = 0, max(0, self._bytes - _BATCH_BYTES)
             while self._queue and (not batch or count < self.settings.batch):
                 batch.append(self._queue.popleft())
-                count += self._count(*batch[-1], -1)
-                if self._weight < rest:
+                count += self._count(batch[-1], -1)
+                if self._bytes < rest:
                     break
-            encode = encode_traces_json if where.as_json else encode_traces
-            spans = (span for one in batch for span in spans_of(*one))
-            make = partial(encode, self.settings.resource, spans)
+            pieces = [piece for _, piece in batch]
+            resource, as_json = self.settings.resource, where.as_json
+            make = partial(encode_traces, resource, pieces, as_json=as_json)
             try:
                 await self._deliver("traces", where, make, count)
             except asyncio.CancelledError:  # `finish` may still have the time
                 self._queue.extendleft(reversed(batch))
                 for one in batch:
-                    self._count(*one, 1)
+                    self._count(one, 1)
                 raise
 
     async def _send_metrics(self) -> None:
@@ -21395,9 +21414,9 @@ def _request(
         lines.append(f"{name}: {given[name]}\r\n")
     lines += [f"{name}: {value}\r\n" for name, value in headers.items() if value is not None]
     if call.trace:
-        told = call.trace.headers(given, max(0, len(call.tried) - 1))
-        kept = told.keys() - target.headers.keys() - headers.keys() - {*drop, *call.withheld}
-        lines += [f"{name}: {told[name]}\r\n" for name in sorted(kept)]
+        for name, value in call.trace.headers(given, max(0, len(call.tried) - 1)).items():
+            if not (name in target.headers or name in drop or name in call.withheld):
+                lines += [f"{name}: {value}\r\n"] if name not in headers else []
     if target.protocol is ApiProtocol.MESSAGES:
         named = own_protocol and "anthropic-version" in given
         if not (named or "anthropic-version" in target.headers or "anthropic-version" in drop):
@@ -22998,6 +23017,8 @@ _FINISHES = {
 
 def _waited(call: Call) -> float:
     """Seconds in which some provider was waited for: two at once count once."""
+    if len(call.tried) == 1 and call.tried[0] and not call.race:
+        return call.paused_s + min(call.tried[0].took, call.upstream_s)
     total = end = 0.0
     for tried in sorted((one for one in call.tried if one), key=lambda one: one.began):
         total += max(0.0, tried.began + tried.took - max(end, tried.began))
@@ -25209,8 +25230,9 @@ def _about_collector(settings: OtelSettings) -> Iterator[Finding]:
     now = time.time_ns()
     shape = span_shape("bitrouter doctor", (("bitrouter.test", True),))
     probe = Span(trace, span, "", False, now, now + 1, (shape,), ())
-    encode = encode_traces_json if where.as_json else encode_traces
-    said, _ = post_otlp(where, encode(settings.resource, [probe]))
+    pieces = [spans_wire([probe], as_json=where.as_json)]
+    body = encode_traces(settings.resource, pieces, as_json=where.as_json)
+    said, _ = post_otlp(where, body)
     told = said or f"accepted a test span, trace {trace}"
     yield Finding("otel", "wrong" if said else "ok", f"{without_password(where.url)}: {told}")
 

@@ -126,6 +126,7 @@ class MockConnection(asyncio.Protocol):
 
     answer = mock_answer()
     models = http_answer(b'{"object":"list","data":[{"id":"mock","object":"model"}]}')
+    accepted = http_answer(b"{}")
     stream_head = (
         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
         b"Cache-Control: no-cache\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -156,8 +157,11 @@ class MockConnection(asyncio.Protocol):
             end = head_end + 4 + (int(length[1]) if length else 0)
             if len(self.unread) < end:
                 return
-            body, self.unread = self.unread[head_end + 4 : end], self.unread[end:]
-            self.reply(body)
+            whole, self.unread = self.unread[:end], self.unread[end:]
+            if whole.startswith((b"POST /v1/traces", b"POST /v1/metrics")) and self.transport:
+                self.transport.write(self.accepted)
+            else:
+                self.reply(whole[head_end + 4 :])
 
     def reply(self, body: bytes) -> None:
         if self.transport is None:
@@ -236,9 +240,10 @@ class Scenario:
 
 
 SMALL_1 = Scenario("350 B body, 1 connection", 1)
+SMALL_32 = Scenario("350 B body, 32 connections", 32)
 SCENARIOS = [
     SMALL_1,
-    Scenario("350 B body, 32 connections", 32),
+    SMALL_32,
     Scenario("64 KB body, 1 connection", 1, body_bytes=65536),
     Scenario("64 KB body, 32 connections", 32, body_bytes=65536),
     Scenario(
@@ -696,14 +701,17 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_proxy(command: str, upstream: str, core: int | None) -> Iterator[Server]:
+def running_proxy(
+    command: str, upstream: str, core: int | None, environ: dict[str, str] | None = None
+) -> Iterator[Server]:
     """Start the proxy in a home of its own; when something fails, tell what it wrote."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="bitrouter-bench-", ignore_cleanup_errors=True) as home:
         log_path = Path(home) / "proxy.log"
         with log_path.open("wb") as log:
             started = time.perf_counter()
-            child = start_proxy(proxy_command(command, port, upstream), upstream, home, log)
+            words = proxy_command(command, port, upstream)
+            child = start_proxy(words, upstream, home, log, environ or {})
             try:
                 pin(child.pid, core)
                 listening_s, first_200_s = wait_until_served(child, port, started)
@@ -725,14 +733,14 @@ def proxy_command(template: str, port: int, upstream: str) -> list[str]:
 
 
 def start_proxy(
-    command: list[str], upstream: str, home: str, log: IO[bytes]
+    command: list[str], upstream: str, home: str, log: IO[bytes], environ: dict[str, str]
 ) -> "subprocess.Popen[bytes]":
     kept = {name: os.environ[name] for name in ("PATH", "SYSTEMROOT") if name in os.environ}
     settings = {"OPENAI_API_KEY": "sk-bench", "OPENAI_BASE_URL": upstream}
     try:
         return subprocess.Popen(
             command,
-            env={**kept, **settings, "HOME": home, "USERPROFILE": home},
+            env={**kept, **settings, **environ, "HOME": home, "USERPROFILE": home},
             cwd=home,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -838,6 +846,7 @@ class Report:
     start: Figures = field(default_factory=dict)
     memory: Figures = field(default_factory=dict)
     translation: Figures = field(default_factory=dict)
+    books: Figures = field(default_factory=dict)
     lines: list[Line] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)
 
@@ -900,7 +909,7 @@ def as_table(report: Report) -> str:
         "",
         *(
             f"{spelled(name):30}{shown(value):>12}"
-            for group in (report.start, report.memory, report.translation)
+            for group in (report.start, report.memory, report.translation, report.books)
             for name, value in group.items()
         ),
         "",
@@ -1053,7 +1062,48 @@ def run(settings: Settings) -> Report:
         with running_proxy(settings.command, upstream, proxy_core) as proxy:
             measure_memory(proxy, streams, report)
             measure_load(settings, mock, proxy, report)
+        if not settings.command:
+            measure_books(settings, mock, proxy_core, report)
     return report
+
+
+# The proxy without receipts, metrics and spans, and all of it as it is.
+NO_BOOKS = f"""
+import sys
+sys.path.insert(0, {str(BITROUTER.parent)!r})
+import bitrouter
+bitrouter.book = lambda *_: None
+bitrouter.App.keep_books = lambda _: None
+sys.exit(bitrouter.main(["serve", "--port", sys.argv[1]]))
+"""
+BOOKS = NO_BOOKS.replace("bitrouter.book = lambda *_: None\n", "").replace(
+    "bitrouter.App.keep_books = lambda _: None\n", ""
+)
+
+
+def measure_books(settings: Settings, mock: Server, core: int | None, report: Report) -> None:
+    """What it costs to write receipts, count, and export spans and metrics to a collector."""
+    upstream = f"http://{HOST}:{mock.port}/v1"
+    collector = {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{HOST}:{mock.port}"}
+    python = shlex.quote(sys.executable)
+    bare, full = (f"{python} -c {shlex.quote(code)} {{port}}" for code in (NO_BOOKS, BOOKS))
+    rounds: list[tuple[Figures, Figures]] = []
+    with (
+        running_proxy(bare, upstream, core) as without,
+        running_proxy(full, upstream, core, collector) as with_them,
+    ):
+        for number in range(2 * settings.rounds):
+            sides = [(n, Plan.aim(SMALL_32, s.port, "openai/"), s)
+                     for n, s in (("without", without), ("with", with_them))]  # fmt: skip
+            if number % 2:
+                sides.reverse()
+            figures = measure_scenario(SMALL_32, sides, settings.seconds, report)
+            rounds.append((figures["without"], figures["with"]))
+    for line in lines_of(SMALL_32.name, rounds):
+        if "p50" not in line.figure:
+            report.books[f"{line.figure}_without_books"] = line.direct
+            report.books[f"{line.figure}_with_books"] = line.proxy
+            report.books[f"{line.figure}_ratio"] = line.ratio
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -28,13 +28,13 @@ from bitrouter import (
     encode_metrics,
     encode_metrics_json,
     encode_traces,
-    encode_traces_json,
     is_sampled,
     otel_settings,
     read_answer,
     read_traceparent,
     span_json,
     spans_of,
+    spans_wire,
     write_traceparent,
 )
 
@@ -55,6 +55,12 @@ def receipt(**more: Any) -> Receipt:
     plain |= {"cost_nano": 1_234_567, "price": None, "ttft": 0.5, "took": 1.5, "upstream": 1.25}
     plain |= {"finish": "stop", "response_id": "chatcmpl-1", "trace": TRACE, "span": SPAN}
     return Receipt(**(plain | {"parent": PARENT, "tags": (), "facts": ()} | more))
+
+
+def request_of(spans: list[Span], *, as_json: bool = False) -> bytes:
+    """A request to the collector, put together from two pieces."""
+    pieces = [spans_wire(some, as_json=as_json) for some in (spans[:1], spans[1:]) if some]
+    return encode_traces(RESOURCE, pieces, as_json=as_json)
 
 
 ODD = receipt(
@@ -130,7 +136,7 @@ def attributes(raw: bytes, number: int = 9) -> dict[str, Any]:
 
 def told(span: Span) -> dict[str, Any]:
     """A span's attributes, as it is encoded."""
-    return attributes(every(encode_traces(RESOURCE, [span]), 1, 2, 2)[0])
+    return attributes(every(request_of([span]), 1, 2, 2)[0])
 
 
 def from_json(values: list[Any]) -> dict[str, Any]:
@@ -328,8 +334,8 @@ def test_span_ids_differ_and_none_is_all_zero(span: str) -> None:
 @pytest.mark.parametrize("one", RECEIPTS)
 def test_protobuf_and_json_say_the_same(one: Receipt) -> None:
     spans = spans_of(one)
-    wire = every(encode_traces(RESOURCE, spans), 1, 2, 2)
-    body = json.loads(encode_traces_json(RESOURCE, spans))
+    wire = every(request_of(spans), 1, 2, 2)
+    body = json.loads(request_of(spans, as_json=True))
     read = body["resourceSpans"][0]["scopeSpans"][0]["spans"]
     assert len(wire) == len(read) == 1 + len(one.tried)
     for raw, span in zip(wire, read, strict=True):
@@ -351,7 +357,7 @@ def test_protobuf_and_json_say_the_same(one: Receipt) -> None:
 
 
 def test_resource_and_scope_come_once() -> None:
-    raw = encode_traces(RESOURCE, [span for one in RECEIPTS for span in spans_of(one)])
+    raw = request_of([span for one in RECEIPTS for span in spans_of(one)])
     (resource,) = every(raw, 1, 1)
     assert attributes(resource, 1) == {"service.name": "bitrouter"}
     assert every(raw, 1, 2, 1, 1) == [b"bitrouter"]
