@@ -9327,7 +9327,7 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
     if price.tiers:
         price = next((t for above, t in price.tiers[::-1] if usage.input_tokens > above), price)
     plain = usage.input_tokens - usage.cached_tokens - usage.cache_write_tokens
-    total = 0  # in millionths of a millionth, as whole numbers: sums are exact
+    total = 0  # in millionths of a nano-dollar, as whole numbers: sums are exact
     for count, rate in (
         (plain, price.input),
         (usage.cached_tokens, price.cache_read),
@@ -9336,9 +9336,9 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
     ):
         if count < 0 or (count and rate is None):
             return None
-        total += count * round((rate or 0) * 1e6)
-    nano, rest = divmod(total, 1000)
-    return nano + (rest > 500 or (rest == 500 and nano % 2))
+        total += count * round((rate or 0) * 1e9)
+    nano, rest = divmod(total, 1_000_000)
+    return nano + (rest > 500_000 or (rest == 500_000 and nano % 2))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -18466,7 +18466,9 @@ class LogWriter(logging.Handler):
         if isinstance(facts, str):
             said = self.redact(facts)
             if self._as_json:
-                return json.dumps({"ts": stamp, "level": level, "event": said})
+                first, _, rest = said.partition(" ")
+                more = {"message": rest} if rest else {}
+                return json.dumps({"ts": stamp, "level": level, "event": first, **more})
             return f"{stamp} {level} {said}"
         if self._as_json:
             told = _ENCODE({k: v for k, v in facts.items() if v is not None})
@@ -18600,6 +18602,7 @@ class Ledger:
         self._inode = 0
         self._prune_at = 0
         self._told, self._told_at = "", 0.0  # the last failure that was reported
+        self._damage: Exception | None = None  # what a reader has come upon
         self._owes_news = False  # somebody was told that it fails, and not yet that it works
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
@@ -18694,6 +18697,8 @@ class Ledger:
             finally:
                 db.close()
         except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _UNREADABLE:
+                self._damage = error  # somewhere in its middle: the writer has not come there
             if "interrupted" in str(error):
                 said = f"it took longer than {self._deadline_s:g} s: ask for a shorter time"
             else:
@@ -18743,7 +18748,7 @@ class Ledger:
             self._disconnect()
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             if code in _UNREADABLE:
-                self._setaside(error)
+                self._set_aside(error)
                 return
             if not code and not isinstance(error, OSError | ImportError | LedgerError):
                 self.dropped += len(self._batch)  # a bug: these receipts would only fail again
@@ -18759,6 +18764,9 @@ class Ledger:
         if self._db and self._on_disk and not self._is_in_place():
             self._disconnect()
         db = self._db = self._db or self._connect()
+        damage, self._damage = self._damage, None
+        if damage:
+            raise damage
         while True:
             while self._waiting and len(self._batch) < _BATCH_ROWS:
                 self._batch.append(self._waiting.popleft())
@@ -18841,7 +18849,7 @@ class Ledger:
         if db:
             db.close()
 
-    def _setaside(self, error: Exception) -> None:
+    def _set_aside(self, error: Exception) -> None:
         """Keep a file that is damaged for who wants to repair it, and begin another."""
         kept = f"{self.path}.corrupt-{self._clock() // 10**9}"
         if not self._is_in_place():

@@ -544,7 +544,7 @@ async def test_a_collector_that_refuses_or_is_gone_costs_spans_and_no_request(
             await until(lambda: gw.app.exporter.dropped["traces"] == 2)
             assert (await said(gw, ask(model="m"))).status == 200
             [line] = gw.lines("export_failed")
-            assert ("no such tenant" if said_so else "cannot be reached") in line["event"]
+            assert ("no such tenant" if said_so else "cannot be reached") in line["message"]
             assert (await got(gw, "/health")).json()["degraded"] == ["traces are not exported"]
             [why] = (await got(gw, "/api/status")).json()["degraded"]
             assert why.startswith("traces are not exported: the collector ")

@@ -485,7 +485,7 @@ async def test_a_base_that_is_ignored_is_warned_of_in_the_log() -> None:
     async with running("--port", "0", **environ) as process:
         assert process.stderr
         facts = json.loads(await process.stderr.readline())
-    assert facts["level"] == "warning" and "OPENAI_BASE_URL is ignored" in facts["event"]
+    assert facts["level"] == "warning" and "OPENAI_BASE_URL is ignored" in facts["message"]
 
 
 async def test_a_log_for_people_is_chosen_by_the_file(tmp_path: Path) -> None:

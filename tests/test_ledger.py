@@ -650,3 +650,26 @@ print(json.dumps([os.getpid(), ledger.status()]))
     }
     assert {(status["written"], status["dropped"]) for _, status in ends} == {(2_000, 0)}
     assert count(path) == 4_000
+
+
+def test_damage_that_only_a_reader_sees_is_set_aside_by_the_writer(path: Path) -> None:
+    filled(path, day(2000, 1))
+    with path.open("r+b") as file:  # pages in the middle, which writing does not touch
+        file.seek(4096 * 5)
+        file.write(os.urandom(4096 * 5))
+    ledger, told = made(path)
+    ledger.start()
+    with pytest.raises(bitrouter.LedgerError, match="malformed"):
+        usage(ledger)
+    until(lambda: told)
+    ledger.put(receipt())
+    until(lambda: ids(requests(ledger)))
+    ledger.close()
+    assert told[0].startswith("ERROR ledger_corrupt") and len(told) == 1
+    assert [*path.parent.glob("*.corrupt-*")]
+
+
+def test_rates_of_any_size_are_multiplied_exactly() -> None:
+    rates = bitrouter.Price(0.0123455, 4e-7)
+    assert bitrouter.cost_nanousd(bitrouter.Usage(1_000_000), rates) == 12_345_500
+    assert bitrouter.cost_nanousd(bitrouter.Usage(0, 5_000_000), rates) == 2_000

@@ -165,7 +165,11 @@ def test_the_level_is_shown(logger: logging.Logger) -> None:
     logger.addHandler(writer)
     logger.error("it_failed status=%d", 500)
     facts = json.loads(written(writer)[0])
-    assert (facts["level"], facts["event"]) == ("error", "it_failed status=500")
+    assert (facts["level"], facts["event"], facts["message"]) == (
+        "error",
+        "it_failed",
+        "status=500",
+    )
 
 
 def test_without_a_loop_each_line_is_written_at_once() -> None:

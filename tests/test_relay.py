@@ -214,7 +214,7 @@ def test_usage_asked_for_passes_as_it_came() -> None:
 
 def test_of_running_totals_the_last_one_counts_wherever_the_stream_is_cut() -> None:
     def event(n: int, **more: Any) -> bytes:
-        told = {"candidates": [{"content": {"parts": [{"text": "b"}]}, **more}]}
+        told: dict[str, Any] = {"candidates": [{"content": {"parts": [{"text": "b"}]}, **more}]}
         told["usageMetadata"] = {"promptTokenCount": 9, "candidatesTokenCount": n}
         return b"data: %b\r\n\r\n" % json.dumps(told).encode()
 

@@ -310,7 +310,7 @@ async def test_a_background_failure_is_logged(gateway: Any) -> None:
         await asyncio.gather(gw.app.spawn(work()), return_exceptions=True)
         await turns()
         [line] = gw.lines("background_task_failed")
-        assert line["level"] == "error" and "ZeroDivisionError('oh')" in line["event"]
+        assert line["level"] == "error" and "ZeroDivisionError('oh')" in line["message"]
 
 
 async def test_stopping_cancels_the_background_without_a_word(gateway: Any) -> None:

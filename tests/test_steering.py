@@ -1757,7 +1757,7 @@ async def test_keys_go_along_with_a_reload_that_is_asked_for(server: Any, provid
         assert "of-the-shell" not in json.dumps([told, s.lines])
         s.write("", listen=f"127.0.0.1:{s.port + 1}")
         s.process.send_signal(signal.SIGHUP)
-        assert "next start" in (await s.said("configuration"))["event"]
+        assert "next start" in (await s.said("configuration"))["message"]
         assert (await s.served("m")).status == 404  # all but the address has changed
         assert await s.stop(signal.SIGINT) == 0
 
