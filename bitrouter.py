@@ -19067,54 +19067,63 @@ class Exporter:
     ) -> None:
         """Send a batch, again if there is hope; otherwise it is dropped, and told."""
         until = time.monotonic() + self.settings.batch_timeout_s
-        body = await aside(encode)
-        pause_s, said = _FIRST_PAUSE_S, ""
+        pause_s, posted = _FIRST_PAUSE_S, Posted()
         for tries in range(1, _MOST_TRIES + 1):
             try:
                 async with asyncio.timeout(where.timeout_s):  # urllib's begins anew with each byte
-                    said, again_s = await aside(lambda: post_otlp(where, body))
+                    posted = await aside(lambda: post_otlp(where, encode()))
             except TimeoutError:
-                said, again_s = f"the collector took longer than {where.timeout_s:g} s", 0.0
-            if not said:
-                self.errors.pop(signal, None)
-                self.sent[signal] += count
-                return
-            wait_s = pause_s * (0.5 + random.random() / 2) if again_s == 0.0 else again_s  # noqa: S311
+                posted = Posted(f"the collector took longer than {where.timeout_s:g} s", 0.0)
+            wait_s = posted.again_s
+            if wait_s == 0.0:
+                wait_s = pause_s * (0.5 + random.random() / 2)  # noqa: S311
             if wait_s is None or tries == _MOST_TRIES or time.monotonic() + wait_s > until:
                 break
             pause_s *= 2
             await asyncio.sleep(wait_s)
-        self.dropped[signal] += count
-        if self.errors.get(signal) != said:
-            log.warning(
-                "export_failed signal=%s url=%s error=%s",
-                signal,
-                without_password(where.url),
-                said,
-            )
-        self.errors[signal] = said
+        lost = count if posted.said and not posted.rejected else min(count, posted.rejected)
+        self.sent[signal] += count - lost
+        self.dropped[signal] += lost
+        if posted.said and self.errors.get(signal) != posted.said:
+            url = without_password(where.url)
+            log.warning("export_failed signal=%s url=%s error=%s", signal, url, posted.said)
+        if posted.said:
+            self.errors[signal] = posted.said
+        else:
+            self.errors.pop(signal, None)
 
 
-def post_otlp(where: Exporting, body: bytes) -> tuple[str, float | None]:
+class Posted(NamedTuple):
+    """What became of a request to a collector.
+
+    Attributes:
+        said: what went wrong, or "".
+        again_s: seconds after which to try again: 0 for some, None for no use.
+        rejected: of its spans or points, although it was taken.
+    """
+
+    said: str = ""
+    again_s: float | None = None
+    rejected: int = 0
+
+
+def post_otlp(where: Exporting, body: bytes) -> Posted:
     """Send one request to a collector, and wait for its answer. Blocks. What went wrong is told
     without what the headers hold, whole or in its words.
-
-    Returns:
-        what went wrong, or ""; and the seconds after which to try again: 0 for some, None for no
-        use.
     """
-    said, again_s = _posted(where, body)
+    posted = _posted(where, body)
+    said = posted.said
     for _, secret in where.headers:
         for word in (secret.reveal(), *filter(_is_long, secret.reveal().split())):
             said = said.replace(word, "[redacted]")
-    return said, again_s
+    return posted._replace(said=said)
 
 
 def _is_long(word: str) -> bool:
     return len(word) >= 8
 
 
-def _posted(where: Exporting, body: bytes) -> tuple[str, float | None]:
+def _posted(where: Exporting, body: bytes) -> Posted:
     import http.client
     import urllib.error
     import urllib.request
@@ -19133,25 +19142,22 @@ def _posted(where: Exporting, body: bytes) -> tuple[str, float | None]:
     try:
         opener = urllib.request.build_opener(NoRedirect)
         with opener.open(request, timeout=where.timeout_s) as answer:
-            told = read_answer(
-                answer.status,
-                answer.headers.get("content-type", ""),
-                answer.read(_MOST_SAID),
-            )
+            kind = answer.headers.get("content-type", "")
+            told = read_answer(answer.status, kind, answer.read(_MOST_SAID))
         if told.rejected:
-            return f"the collector rejected {told.rejected}: {told.message}", None
+            said = f"the collector rejected {told.rejected}: {told.message}"
+            return Posted(said, rejected=told.rejected)
     except urllib.error.HTTPError as error:
         with error:
-            said = read_answer(
-                error.code, error.headers.get("content-type", ""), error.read(_MOST_SAID)
-            )
+            kind = error.headers.get("content-type", "")
+            told = read_answer(error.code, kind, error.read(_MOST_SAID))
         again_s = seconds_of(error.headers.get("retry-after", "")) or 0.0
         retry = again_s if error.code in OTLP_RETRYABLE else None
-        return f"the collector answered {error.code}: {said.message or error.reason}", retry
+        return Posted(f"the collector answered {error.code}: {told.message or error.reason}", retry)
     except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        return f"the collector cannot be reached: {reason}", 0.0
-    return "", None
+        return Posted(f"the collector cannot be reached: {reason}", 0.0)
+    return Posted()
 
 
 _MOST_SAID = 65_536
@@ -25158,12 +25164,14 @@ def command_observe(args: argparse.Namespace) -> int:
     rows = []
     for signal in ("traces", "metrics"):
         told = facts[signal]
-        rows.append((signal, f"{told['url']} ({told['protocol']})" if told else "not exported"))
+        where = f"{told['url']} ({told['protocol']})" if told else "not exported"
+        rows.append((signal, f"{where}, by this shell's environment and the file"))
         for one in filter(None, facts.get("running", ())):
             if now := one[signal]:
-                rows.append(("", f"sent {now['sent']}, dropped {now['dropped']}"))
+                sums = f"{now['url']}: sent {now['sent']}, dropped {now['dropped']}"
+                rows.append(("the running server", sums))
                 rows += [("", f"error: {now['error']}")] if now["error"] else []
-    if not (facts["traces"] or facts["metrics"]):
+    if not (facts["traces"] or facts["metrics"] or any(facts.get("running", ()))):
         rows.append(("", "set OTEL_EXPORTER_OTLP_ENDPOINT, or endpoint in [otel]"))
     rows += [("warning", said) for said in settings.warnings]
     show(args, facts, rows)
@@ -25240,7 +25248,7 @@ def _about_collector(settings: OtelSettings) -> Iterator[Finding]:
     probe = Span(trace, span, "", False, now, now + 1, (shape,), ())
     pieces = [spans_wire([probe], as_json=where.as_json)]
     body = encode_traces(settings.resource, pieces, as_json=where.as_json)
-    said, _ = post_otlp(where, body)
+    said = post_otlp(where, body).said
     told = said or f"accepted a test span, trace {trace}"
     yield Finding("otel", "wrong" if said else "ok", f"{without_password(where.url)}: {told}")
 

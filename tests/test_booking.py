@@ -578,6 +578,18 @@ async def test_what_a_collector_says_is_told_without_our_keys(books: Any, provid
             assert key not in gw.written.getvalue() + str(told)
 
 
+async def test_of_a_batch_that_is_taken_in_part_the_rest_is_dropped(
+    books: Any, provider: Any
+) -> None:
+    partial = {"partialSuccess": {"rejectedSpans": "1", "errorMessage": "too old"}}
+    async with provider(Reply(body=partial)) as collector:
+        async with books(OK, **to(collector)) as (gw, _):
+            await said(gw, ask(model="m"))
+            await until(lambda: gw.app.exporter.errors)
+            assert (gw.app.exporter.sent["traces"], gw.app.exporter.dropped["traces"]) == (1, 1)
+            assert "rejected 1: too old" in gw.app.exporter.errors["traces"]
+
+
 async def test_a_collector_that_trickles_is_not_waited_for(books: Any, provider: Any) -> None:
     slow = Reply(body=b"", chunks=(b"x", None) * 50, gap_s=0.02)
     async with provider(slow) as collector:
