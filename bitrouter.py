@@ -51,8 +51,8 @@ Contents
     31. page        the Activity page
     32. logs        one line per event, for people or for machines
     33. ledger      receipts in SQLite
-    34. export      spans and metrics on their way to a collector
-    35. transport   the HTTP client: pool, TLS, proxies, deadlines
+    34. transport   the HTTP client: pool, TLS, proxies, deadlines
+    35. export      spans and metrics on their way to a collector
     36. memory      what is kept of conversations, for a while
     37. fetch       media at a URL, for targets that want the bytes
     38. runtime     App: everything a request needs
@@ -141,6 +141,7 @@ from contextlib import suppress
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import partial
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias, TypeVar, cast
 from urllib.parse import quote, unquote, unquote_to_bytes, urljoin, urlsplit
 
@@ -16699,11 +16700,9 @@ def spans_of(receipt: Receipt, content: Pairs = ()) -> list[Span]:
 
 
 def child_span(span: str, n: int) -> str:
-    """The id of the span of a request's attempt number n: what the provider gets as its parent.
-
-    Multiples of an odd number keep apart whatever they are added to.
-    """
-    return f"{(int(span, 16) + (n + 1) * 0x9E3779B97F4A7C15) % 2**64 or 1:016x}"
+    """The id of the span of a request's attempt number n, from 0 to 65,534: what the provider
+    gets as its parent. Made of the request's own, so that nobody has to keep it."""
+    return f"{(int(span[:4], 16) + n + 1) % 0x10000:04x}{span[4:]}"
 
 
 def cut_text(text: str, most: int) -> str:
@@ -18541,6 +18540,7 @@ MIGRATIONS = (
     "CREATE INDEX receipts_at ON receipts (at)",
 )
 _BATCH_ROWS, _STATEMENT_ROWS = 1_000, 25
+_WAKE_ROWS = 250  # before they have gone cold
 _PRUNE_ROWS, _PRUNE_EVERY_NS = 2_000, 3600 * 10**9
 _MEMORY_ROWS = 50_000  # kept when there is no file
 _REMIND_S = 60.0
@@ -18614,7 +18614,7 @@ class Ledger:
         waiting = self._waiting
         self.dropped += len(waiting) >= self._room
         waiting.append(receipt)
-        if len(waiting) == _BATCH_ROWS:
+        if len(waiting) == _WAKE_ROWS:
             self._wake.set()
 
     def start(self) -> None:
@@ -18929,277 +18929,7 @@ def _condition(query: UsageQuery | RequestsQuery) -> tuple[str, tuple[str | int,
 
 
 # ---------------------------------------------------------------------------------------------
-# 34. export: spans and metrics on their way to a collector
-# ---------------------------------------------------------------------------------------------
-# A request leaves what its spans are made of in a queue and goes on. They are encoded and sent in
-# batches, by a thread that nobody waits for when the process ends. A collector that is slow or
-# gone costs spans (the oldest first, and they are counted), never a request.
-
-_MOST_TRIES = 5
-_BATCH_BYTES = 4 * 1024 * 1024  # about, of contents: collectors take 20 MB at once
-_MOST_WAITING_BYTES = 64 * 1024 * 1024
-_LEAST_PAUSE_S = 0.01  # between two looks, whatever the settings say
-_FIRST_PAUSE_S = 1.0
-_LAST_WORDS_S = 3.0  # for what is left when the process ends
-
-
-class Exporter:
-    """Sends a process's spans and metrics where the settings say.
-
-    Attributes:
-        sent, dropped: spans, and requests with metrics; dropped: by the queue or by the collector.
-        errors: signal -> what went wrong last; absent if all is well.
-    """
-
-    def __init__(self, settings: OtelSettings, metrics: Metrics) -> None:
-        self.settings = settings
-        self.sent = Counter[str]()
-        self.dropped = Counter[str]()
-        self.errors: dict[str, str] = {}
-        self._metrics = metrics
-        self._queue: deque[tuple[int, bytes]] = deque()  # a request's spans: how many, and encoded
-        self._spans = self._bytes = 0  # in the queue
-        self._full: asyncio.Event | None = None
-
-    @property
-    def traces(self) -> bool:
-        return self.settings.traces is not None
-
-    @property
-    def waiting(self) -> int:
-        """Spans in the queue."""
-        return self._spans
-
-    def put(self, receipt: Receipt, content: Pairs) -> None:
-        """Export a request's spans, soon. content: as of spans_of.
-
-        They are encoded here: a thread that did it would hold up the event loop's at each turn.
-        """
-        where = self.settings.traces
-        if where is None:
-            return
-        spans = spans_of(receipt, content)
-        self._queue.append((len(spans), spans_wire(spans, as_json=where.as_json)))
-        self._count(self._queue[-1], 1)
-        while self._spans > self.settings.queue or self._bytes > _MOST_WAITING_BYTES:
-            self.dropped["traces"] += self._count(self._queue.popleft(), -1)
-        if self._full and (self._spans >= self.settings.batch or self._bytes > _BATCH_BYTES):
-            self._full.set()
-
-    def _count(self, piece: tuple[int, bytes], sign: int) -> int:
-        """Add a request to what waits, or take it away. Returns its spans."""
-        self._spans += sign * piece[0]
-        self._bytes += sign * len(piece[1])
-        return piece[0]
-
-    async def send_traces(self) -> None:
-        """For ever: whenever a batch is full, or has been gathered for long enough."""
-        self._full = asyncio.Event()
-        while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(max(_LEAST_PAUSE_S, self.settings.delay_s)):
-                    await self._full.wait()
-            self._full.clear()
-            await self._send_queue()
-
-    async def send_metrics(self, refresh: Callable[[], None]) -> None:
-        """For ever. refresh: brings the gauges up to date."""
-        while True:
-            await asyncio.sleep(max(_LEAST_PAUSE_S, self.settings.metrics_interval_s))
-            refresh()
-            await self._send_metrics()
-
-    async def finish(self, refresh: Callable[[], None]) -> None:
-        """Send what is left, if that can be done in a moment."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_LAST_WORDS_S):
-                await self._send_queue()
-                refresh()
-                await self._send_metrics()
-        self.dropped["traces"] += self._spans
-        if self._spans:
-            log.warning("export_lost spans=%d", self._spans)
-
-    def status(self) -> JsonObject:
-        """Where what goes, without headers."""
-        told: JsonObject = {}
-        for signal, where in (("traces", self.settings.traces), ("metrics", self.settings.metrics)):
-            told[signal] = where and {
-                "url": without_password(where.url),
-                "protocol": "http/json" if where.as_json else "http/protobuf",
-                "sent": self.sent[signal],
-                "dropped": self.dropped[signal],
-                "error": self.errors.get(signal),
-            }
-        return {**told, "waiting": self._spans, "sampler": self.settings.sampler}
-
-    async def _send_queue(self) -> None:
-        where = self.settings.traces
-        while where and self._queue:
-            batch: list[tuple[int, bytes]] = []
-            count, rest = 0, max(0, self._bytes - _BATCH_BYTES)
-            while self._queue and (not batch or count < self.settings.batch):
-                batch.append(self._queue.popleft())
-                count += self._count(batch[-1], -1)
-                if self._bytes < rest:
-                    break
-            pieces = [piece for _, piece in batch]
-            resource, as_json = self.settings.resource, where.as_json
-            make = partial(encode_traces, resource, pieces, as_json=as_json)
-            try:
-                await self._deliver("traces", where, make, count)
-            except asyncio.CancelledError:  # `finish` may still have the time
-                self._queue.extendleft(reversed(batch))
-                for one in batch:
-                    self._count(one, 1)
-                raise
-
-    async def _send_metrics(self) -> None:
-        where = self.settings.metrics
-        if where:
-            encode = encode_metrics_json if where.as_json else encode_metrics
-            now = time.time_ns()
-            make = partial(encode, self.settings.resource, self._metrics, self._metrics.began, now)
-            await self._deliver("metrics", where, make, 1)
-
-    async def _deliver(
-        self, signal: str, where: Exporting, encode: Callable[[], bytes], count: int
-    ) -> None:
-        """Send a batch, again if there is hope; otherwise it is dropped, and told."""
-        until = time.monotonic() + self.settings.batch_timeout_s
-        pause_s, posted = _FIRST_PAUSE_S, Posted()
-        for tries in range(1, _MOST_TRIES + 1):
-            try:
-                async with asyncio.timeout(where.timeout_s):  # urllib's begins anew with each byte
-                    posted = await aside(lambda: post_otlp(where, encode()))
-            except TimeoutError:
-                posted = Posted(f"the collector took longer than {where.timeout_s:g} s", 0.0)
-            wait_s = posted.again_s
-            if wait_s == 0.0:
-                wait_s = pause_s * (0.5 + random.random() / 2)  # noqa: S311
-            if wait_s is None or tries == _MOST_TRIES or time.monotonic() + wait_s > until:
-                break
-            pause_s *= 2
-            await asyncio.sleep(wait_s)
-        lost = count if posted.said and not posted.rejected else min(count, posted.rejected)
-        self.sent[signal] += count - lost
-        self.dropped[signal] += lost
-        if posted.said and self.errors.get(signal) != posted.said:
-            url = without_password(where.url)
-            log.warning("export_failed signal=%s url=%s error=%s", signal, url, posted.said)
-        if posted.said:
-            self.errors[signal] = posted.said
-        else:
-            self.errors.pop(signal, None)
-
-
-class Posted(NamedTuple):
-    """What became of a request to a collector.
-
-    Attributes:
-        said: what went wrong, or "".
-        again_s: seconds after which to try again: 0 for some, None for no use.
-        rejected: of its spans or points, although it was taken.
-    """
-
-    said: str = ""
-    again_s: float | None = None
-    rejected: int = 0
-
-
-def post_otlp(where: Exporting, body: bytes) -> Posted:
-    """Send one request to a collector, and wait for its answer. Blocks. What went wrong is told
-    without what the headers hold, whole or in its words.
-    """
-    posted = _posted(where, body)
-    said = posted.said
-    for _, secret in where.headers:
-        for word in (secret.reveal(), *filter(_is_long, secret.reveal().split())):
-            said = said.replace(word, "[redacted]")
-    return posted._replace(said=said)
-
-
-def _is_long(word: str) -> bool:
-    return len(word) >= 8
-
-
-def _posted(where: Exporting, body: bytes) -> Posted:
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    class NoRedirect(urllib.request.HTTPRedirectHandler):
-        def redirect_request(self, *_: Any, **__: Any) -> None:
-            """Headers with keys go to the place that was named, and to no other."""
-
-    kind = "application/json" if where.as_json else "application/x-protobuf"
-    headers = {name: value.reveal() for name, value in where.headers}
-    headers |= {"content-type": kind, "user-agent": f"bitrouter/{__version__}"}
-    if where.gzip:
-        headers["content-encoding"] = "gzip"
-    body = _packed(where, body)
-    request = urllib.request.Request(where.url, body, headers, method="POST")  # noqa: S310
-    try:
-        opener = urllib.request.build_opener(NoRedirect)
-        with opener.open(request, timeout=where.timeout_s) as answer:
-            kind = answer.headers.get("content-type", "")
-            told = read_answer(answer.status, kind, answer.read(_MOST_SAID))
-        if told.rejected:
-            said = f"the collector rejected {told.rejected}: {told.message}"
-            return Posted(said, rejected=told.rejected)
-    except urllib.error.HTTPError as error:
-        with error:
-            kind = error.headers.get("content-type", "")
-            told = read_answer(error.code, kind, error.read(_MOST_SAID))
-        again_s = seconds_of(error.headers.get("retry-after", "")) or 0.0
-        retry = again_s if error.code in OTLP_RETRYABLE else None
-        return Posted(f"the collector answered {error.code}: {told.message or error.reason}", retry)
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", error)
-        return Posted(f"the collector cannot be reached: {reason}", 0.0)
-    return Posted()
-
-
-_MOST_SAID = 65_536
-
-
-def _packed(where: Exporting, body: bytes) -> bytes:
-    if not where.gzip:
-        return body
-    import gzip
-
-    return gzip.compress(body, 6, mtime=0)
-
-
-def without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
-
-
-async def aside(work: Callable[[], T]) -> T:
-    """What blocks, in a thread that no process waits for at its end."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
-
-    def settle(value: T | None, error: Exception | None) -> None:
-        if not done.done():
-            done.set_exception(error) if error else done.set_result(cast(T, value))
-
-    def run() -> None:
-        value, failed = None, None
-        try:
-            value = work()
-        except Exception as error:  # noqa: BLE001  told to who waits
-            failed = error
-        with suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(settle, value, failed)
-
-    threading.Thread(target=run, name="export", daemon=True).start()
-    return await done
-
-
-# ---------------------------------------------------------------------------------------------
-# 35. transport: the HTTP client: pool, TLS, proxies, deadlines
+# 34. transport: the HTTP client: pool, TLS, proxies, deadlines
 # ---------------------------------------------------------------------------------------------
 # asyncio's protocols rather than its streams, on both sides, because measurement says so: with
 # streams every event of an upstream wakes a task (+6 us) and every TLS connection holds a buffer
@@ -19916,6 +19646,317 @@ def origin_of(base: str) -> tuple[Origin, str]:
 
 
 # ---------------------------------------------------------------------------------------------
+# 35. export: spans and metrics on their way to a collector
+# ---------------------------------------------------------------------------------------------
+# A request leaves its spans in a queue, encoded, and goes on. They are sent in batches, by the
+# client that asks the providers. A collector that is slow or gone costs spans (the oldest first,
+# and they are counted), never a request.
+
+_MOST_TRIES = 5
+_BATCH_BYTES = 4 * 1024 * 1024  # about, of contents: collectors take 20 MB at once
+_MOST_WAITING_BYTES = 64 * 1024 * 1024
+_LEAST_PAUSE_S = 0.01  # between two looks, whatever the settings say
+_FIRST_PAUSE_S = 1.0
+_LAST_WORDS_S = 3.0  # for what is left when the process ends
+
+
+class Exporter:
+    """Sends a process's spans and metrics where the settings say.
+
+    Attributes:
+        sent, dropped: spans, and requests with metrics; dropped: by the queue or by the collector.
+        errors: signal -> what went wrong last; absent if all is well.
+    """
+
+    def __init__(self, settings: OtelSettings, metrics: Metrics, pool: Pool) -> None:
+        self.settings = settings
+        self._pool = pool
+        self.sent = Counter[str]()
+        self.dropped = Counter[str]()
+        self.errors: dict[str, str] = {}
+        self._metrics = metrics
+        self._queue: deque[tuple[int, bytes]] = deque()  # a request's spans: how many, and encoded
+        self._spans = self._bytes = 0  # in the queue
+        self._full: asyncio.Event | None = None
+
+    @property
+    def traces(self) -> bool:
+        return self.settings.traces is not None
+
+    @property
+    def waiting(self) -> int:
+        """Spans in the queue."""
+        return self._spans
+
+    def put(self, receipt: Receipt, content: Pairs) -> None:
+        """Export a request's spans, soon. content: as of spans_of.
+
+        They are encoded here: a thread that did it would hold up the event loop's at each turn.
+        """
+        where = self.settings.traces
+        if where is None:
+            return
+        spans = spans_of(receipt, content)
+        self._queue.append((len(spans), spans_wire(spans, as_json=where.as_json)))
+        self._count(self._queue[-1], 1)
+        while self._spans > self.settings.queue or self._bytes > _MOST_WAITING_BYTES:
+            self.dropped["traces"] += self._count(self._queue.popleft(), -1)
+        if self._full and (self._spans >= self.settings.batch or self._bytes > _BATCH_BYTES):
+            self._full.set()
+
+    def _count(self, piece: tuple[int, bytes], sign: int) -> int:
+        """Add a request to what waits, or take it away. Returns its spans."""
+        self._spans += sign * piece[0]
+        self._bytes += sign * len(piece[1])
+        return piece[0]
+
+    async def send_traces(self) -> None:
+        """For ever: whenever a batch is full, or has been gathered for long enough."""
+        self._full = asyncio.Event()
+        while True:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(max(_LEAST_PAUSE_S, self.settings.delay_s)):
+                    await self._full.wait()
+            self._full.clear()
+            await self._send_queue()
+
+    async def send_metrics(self, refresh: Callable[[], None]) -> None:
+        """For ever. refresh: brings the gauges up to date."""
+        while True:
+            await asyncio.sleep(max(_LEAST_PAUSE_S, self.settings.metrics_interval_s))
+            refresh()
+            await self._send_metrics()
+
+    async def finish(self, refresh: Callable[[], None]) -> None:
+        """Send what is left, if that can be done in a moment."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_S):
+                await self._send_queue()
+                refresh()
+                await self._send_metrics()
+        self.dropped["traces"] += self._spans
+        if self._spans:
+            log.warning("export_lost spans=%d", self._spans)
+
+    def status(self) -> JsonObject:
+        """Where what goes, without headers."""
+        told: JsonObject = {}
+        for signal, where in (("traces", self.settings.traces), ("metrics", self.settings.metrics)):
+            told[signal] = where and {
+                "url": without_password(where.url),
+                "protocol": "http/json" if where.as_json else "http/protobuf",
+                "sent": self.sent[signal],
+                "dropped": self.dropped[signal],
+                "error": self.errors.get(signal),
+            }
+        return {**told, "waiting": self._spans, "sampler": self.settings.sampler}
+
+    async def _send_queue(self) -> None:
+        where = self.settings.traces
+        while where and self._queue:
+            batch: list[tuple[int, bytes]] = []
+            count, rest = 0, max(0, self._bytes - _BATCH_BYTES)
+            while self._queue and (not batch or count < self.settings.batch):
+                batch.append(self._queue.popleft())
+                count += self._count(batch[-1], -1)
+                if self._bytes < rest:
+                    break
+            pieces = [piece for _, piece in batch]
+            resource = self.settings.resource
+            make = partial(_packed_traces, where, resource, pieces)
+            try:
+                await self._deliver("traces", where, make, count)
+            except asyncio.CancelledError:  # `finish` may still have the time
+                self._queue.extendleft(reversed(batch))
+                for one in batch:
+                    self._count(one, 1)
+                raise
+
+    async def _send_metrics(self) -> None:
+        where = self.settings.metrics
+        if where:
+            encode = encode_metrics_json if where.as_json else encode_metrics
+            now = time.time_ns()
+            make = partial(encode, self.settings.resource, self._metrics, self._metrics.began, now)
+            await self._deliver("metrics", where, lambda: packed(where, make()), 1)
+
+    async def _deliver(
+        self, signal: str, where: Exporting, encode: Callable[[], bytes], count: int
+    ) -> None:
+        """Send a batch, again if there is hope; otherwise it is dropped, and told."""
+        until = time.monotonic() + self.settings.batch_timeout_s
+        body = await aside(encode) if signal == "metrics" or where.gzip else encode()
+        pause_s, posted = _FIRST_PAUSE_S, Posted()
+        for tries in range(1, _MOST_TRIES + 1):
+            posted = await post_otlp(self._pool, where, body)
+            wait_s = posted.again_s
+            if wait_s == 0.0:
+                wait_s = pause_s * (0.5 + random.random() / 2)  # noqa: S311
+            if wait_s is None or tries == _MOST_TRIES or time.monotonic() + wait_s > until:
+                break
+            pause_s *= 2
+            await asyncio.sleep(wait_s)
+        lost = count if posted.said and not posted.rejected else min(count, posted.rejected)
+        self.sent[signal] += count - lost
+        self.dropped[signal] += lost
+        if posted.said and self.errors.get(signal) != posted.said:
+            url = without_password(where.url)
+            log.warning("export_failed signal=%s url=%s error=%s", signal, url, posted.said)
+        if posted.said:
+            self.errors[signal] = posted.said
+        else:
+            self.errors.pop(signal, None)
+
+
+class Posted(NamedTuple):
+    """What became of a request to a collector.
+
+    Attributes:
+        said: what went wrong, or "".
+        again_s: seconds after which to try again: 0 for some, None for no use.
+        rejected: of its spans or points, although it was taken.
+    """
+
+    said: str = ""
+    again_s: float | None = None
+    rejected: int = 0
+
+
+async def post_otlp(pool: Pool, where: Exporting, body: bytes) -> Posted:
+    """Send one request to a collector, and wait for its answer. Needs a task. What went wrong is
+    told without what the headers hold, whole or in its words. body: as of `packed`."""
+    try:
+        async with asyncio.timeout(where.timeout_s):
+            posted = await _posted(pool, where, body)
+    except TimeoutError:
+        posted = Posted(f"the collector took longer than {where.timeout_s:g} s", 0.0)
+    except UpstreamError as error:
+        posted = Posted(error.message, 0.0)
+    said = posted.said
+    for _, secret in where.headers:
+        for word in (secret.reveal(), *filter(_is_long, secret.reveal().split())):
+            said = said.replace(word, "[redacted]")
+    return posted._replace(said=said)
+
+
+def _is_long(word: str) -> bool:
+    return len(word) >= 8
+
+
+async def _posted(pool: Pool, where: Exporting, body: bytes) -> Posted:
+    """Raises UpstreamError."""
+    parts = urlsplit(where.url)
+    kind = "application/json" if where.as_json else "application/x-protobuf"
+    headers = {name: value.reveal() for name, value in where.headers}
+    headers |= {"host": parts.netloc, "content-type": kind, "content-length": str(len(body))}
+    headers |= {"user-agent": f"bitrouter/{__version__}"}
+    if where.gzip:
+        headers["content-encoding"] = "gzip"
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    raw = render_head(f"POST {target} HTTP/1.1", headers) + body
+    try:
+        return await _heard(pool, where, raw)
+    except StaleConnection:  # kept from the last time, and closed by now
+        return await _heard(pool, where, raw, fresh=True)
+
+
+async def _heard(pool: Pool, where: Exporting, raw: bytes, *, fresh: bool = False) -> Posted:
+    answers: list[tuple[ResponseHead, bytes]] = []
+    origin, _ = origin_of(where.url)
+    connection = await pool.lend("the collector", origin, where.timeout_s, fresh=fresh)
+    done = connection.loop.create_future()
+    sink = Collector(done, lambda *answer: answers.append(answer), _MOST_SAID)
+    try:
+        connection.start(raw, sink)
+        await done
+    except UpstreamError:
+        raise
+    except BaseException:
+        connection.give_up(sink)
+        raise
+    return _read_posted(*answers[0])
+
+
+def _read_posted(head: ResponseHead, body: bytes) -> Posted:
+    told = read_answer(head.status, head.headers.get("content-type", ""), body)
+    if 200 <= head.status < 300:
+        if told.rejected:
+            said = f"the collector rejected {told.rejected}: {told.message}"
+            return Posted(said, rejected=told.rejected)
+        return Posted()
+    again_s = seconds_of(head.headers.get("retry-after", "")) or 0.0
+    retry = again_s if head.status in OTLP_RETRYABLE else None
+    return Posted(f"the collector answered {head.status}: {told.message}".rstrip(": "), retry)
+
+
+_MOST_SAID = 65_536
+
+
+def _packed_traces(where: Exporting, resource: Pairs, pieces: list[bytes]) -> bytes:
+    return packed(where, encode_traces(resource, pieces, as_json=where.as_json))
+
+
+def packed(where: Exporting, body: bytes) -> bytes:
+    """A request's body as it goes out."""
+    if not where.gzip:
+        return body
+    import gzip
+
+    return gzip.compress(body, 6, mtime=0)
+
+
+def without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl()
+
+
+class _Helpers:
+    """Threads that are kept for the next work, and that no process waits for at its end. (To start
+    a thread holds up the event loop until it runs.)"""
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._idle = threading.Semaphore(0)
+
+    def do(self, work: Callable[[], None]) -> None:
+        self._work.put(work)
+        if not self._idle.acquire(blocking=False):
+            threading.Thread(target=self._serve, name="aside", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            self._work.get()()
+            self._idle.release()
+
+
+@functools.cache
+def _helpers(pid: int) -> _Helpers:  # noqa: ARG001  forks inherit no threads
+    return _Helpers()
+
+
+async def aside(work: Callable[[], T]) -> T:
+    """What blocks, in a thread that no process waits for at its end."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: Exception | None) -> None:
+        if not done.done():
+            done.set_exception(error) if error else done.set_result(cast(T, value))
+
+    def run() -> None:
+        value, failed = None, None
+        try:
+            value = work()
+        except Exception as error:  # noqa: BLE001  told to who waits
+            failed = error
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, value, failed)
+
+    _helpers(os.getpid()).do(run)
+    return await done
+
+
+# ---------------------------------------------------------------------------------------------
 # 36. memory: what is kept of conversations, for a while (pure)
 # ---------------------------------------------------------------------------------------------
 
@@ -20272,7 +20313,9 @@ class App:
             for task in self._exporting:
                 task.cancel()
             old_one = self.exporter
-            self.exporter = Exporter(told, self.metrics) if told.traces or told.metrics else None
+            self.exporter = (
+                Exporter(told, self.metrics, self.pool) if told.traces or told.metrics else None
+            )
             if self._booking:
                 self._start_exporting()
                 if old_one:
@@ -25155,7 +25198,7 @@ def _ledger_for(args: argparse.Namespace) -> Ledger:
 def command_observe(args: argparse.Namespace) -> int:
     """What is exported where, by the configuration, and how that goes in a running server."""
     settings = otel_of(_usable_config(args.config, os.environ), os.environ)
-    facts = Exporter(settings, Metrics()).status()
+    facts = Exporter(settings, Metrics(), Pool(Sweeper(), {}, 0.0)).status()
     with suppress(ConfigError, OSError):
         facts["running"] = [
             _ask_control(path, "GET", "/status").get("otel") for path in _controls(args)
@@ -25247,8 +25290,8 @@ def _about_collector(settings: OtelSettings) -> Iterator[Finding]:
     shape = span_shape("bitrouter doctor", (("bitrouter.test", True),))
     probe = Span(trace, span, "", False, now, now + 1, (shape,), ())
     pieces = [spans_wire([probe], as_json=where.as_json)]
-    body = encode_traces(settings.resource, pieces, as_json=where.as_json)
-    said = post_otlp(where, body).said
+    body = packed(where, encode_traces(settings.resource, pieces, as_json=where.as_json))
+    said = asyncio.run(post_otlp(Pool(Sweeper(), os.environ, 0.0), where, body)).said
     told = said or f"accepted a test span, trace {trace}"
     yield Finding("otel", "wrong" if said else "ok", f"{without_password(where.url)}: {told}")
 
