@@ -98,15 +98,20 @@ def _restart_from_bytecode() -> None:
     happens where Python cannot keep bytecode, or is told not to."""
     from importlib.machinery import SourceFileLoader
 
-    words, folder = sys.argv[1:], os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
-    serves = not words or words[0] == "serve" or words[0].startswith("-")
-    by_name = sys.modules["__main__"].__spec__ is not None  # python -m bitrouter
-    if os.name != "posix" or not serves or by_name or sys.dont_write_bytecode:
-        return
-    if {"-h", "--help", "--version"}.intersection(words) or not os.access(folder, os.W_OK):
-        return
-    SourceFileLoader("bitrouter", __file__).get_code("bitrouter")  # made and kept, if it is not yet
+    words, file = sys.argv[1:], globals().get("__file__") or ""  # which a file from a pipe has not
+    folder = os.path.dirname(os.path.abspath(file))  # noqa: PTH100, PTH120
     options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]
+    python_alone = all(  # no debugger, no other program that runs us
+        option.startswith("-") or before in ("-X", "-W")
+        for before, option in zip(["", *options], options, strict=False)
+    )
+    serves = not words or words[0] == "serve" or words[0].startswith("-")
+    asks = {"-h", "--help", "--version"}.intersection(words)
+    if not (file and file == sys.argv[0] and python_alone and serves and os.name == "posix"):
+        return
+    if asks or sys.dont_write_bytecode or not os.access(folder, os.W_OK):
+        return
+    SourceFileLoader("bitrouter", file).get_code("bitrouter")  # made and kept, if it is not yet
     os.execv(sys.executable, [sys.executable, *options, "-c", _FROM_BYTECODE, *sys.argv])  # noqa: S606
 
 

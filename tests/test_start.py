@@ -78,3 +78,19 @@ def test_options_of_python_hold_after_the_restart(tmp_path: Path) -> None:
     _, said = ran(tmp_path, "-c", str(tmp_path / "bitrouter.toml"), options=("-X", "importtime"))
     assert said.count("import time: self [us]") == 2
     assert json.dumps("nowhere") in said
+
+
+def test_from_a_pipe_or_under_another_program_it_starts_once(tmp_path: Path) -> None:
+    script = tmp_path / "bitrouter.py"
+    script.write_bytes(FILE.read_bytes())
+    runner = tmp_path / "runner.py"
+    runner.write_text("import runpy, sys\ndel sys.argv[0]\n"
+                      "runpy.run_path(sys.argv[0], run_name='__main__')\n")  # fmt: skip
+    for command in (["-", *ENDS], [str(runner), str(script), *ENDS]):
+        done = subprocess.run(
+            [sys.executable, *command], input=FILE.read_text() if command[0] == "-" else "",
+            cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        )  # fmt: skip
+        assert (done.returncode, "expected HOST:PORT" in done.stderr) == (1, True), done.stderr
+        assert bytecode(tmp_path) == []
