@@ -1247,13 +1247,15 @@ class ApiProtocol(enum.StrEnum):
 
 
 class Usage(NamedTuple):
-    """Tokens of one answer. Inclusive: input counts cached ones, output counts reasoning."""
+    """Tokens of one answer. Inclusive: input counts cached ones, output counts reasoning, what was
+    written into a cache counts what is kept there for an hour."""
 
     input_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int = 0
     cache_write_tokens: int = 0
     reasoning_tokens: int = 0
+    cache_write_1h_tokens: int = 0
 
 
 class Finish(enum.StrEnum):
@@ -5070,6 +5072,7 @@ def _messages_sum(usage: Json) -> Usage | None:
         read,
         written,
         whole(dig(usage, "output_tokens_details", "thinking_tokens")),
+        min(written, whole(dig(usage, "cache_creation", "ephemeral_1h_input_tokens"))),
     )
 
 
@@ -8963,6 +8966,11 @@ class Price(NamedTuple):
     cache_read: float | None = None
     cache_write: float | None = None
     tiers: tuple[tuple[int, Price], ...] = ()
+    cache_write_1h: float | None = None
+
+
+RATES = ("input", "output", "cache_read", "cache_write", "cache_write_1h")
+FREE = Price(0.0, 0.0, 0.0, 0.0, cache_write_1h=0.0)
 
 
 class Model(NamedTuple):
@@ -9296,12 +9304,13 @@ def _read_record(record: str) -> Model:
     ident, limits, price, modalities, *carriers = record.split(" ")
     context, _, max_output = limits.partition("/")
     inputs, _, outputs = modalities.partition(">")
-    listed = _read_price(price)
+    lab = ident.partition("/")[0]
+    listed = _read_price(price, lab)
     carried = {}
     for carrier in carriers:
         name, _, own_price = carrier.partition("@")
         name, _, own_id = name.partition("=")
-        own = _read_price(own_price) if own_price else listed
+        own = _read_price(own_price, lab) if own_price else listed
         carried[name] = (own_id or _usual_id(ident, name), own)
     return Model(ident, int(context), int(max_output), listed, inputs, outputs, carried)
 
@@ -9313,13 +9322,15 @@ def _usual_id(ident: str, provider: str) -> str:
     return bare.replace(".", "-") if lab == "anthropic" else bare
 
 
-def _read_price(text: str) -> Price:
+def _read_price(text: str, lab: str) -> Price:
     first, *above = text.split("+")
     rates = [None if rate in ("-", "") else float(rate) for rate in first.split("/")]
     plain, out, read, write = [*rates, None, None, None][:4]
     tiers = [tier.partition(":") for tier in above]
-    above_tokens = tuple((int(n), _read_price(rates)) for n, _, rates in tiers)
-    return Price(plain, out, read, write, above_tokens)
+    above_tokens = tuple((int(n), _read_price(rates, lab)) for n, _, rates in tiers)
+    # wire: an hour costs twice the input, docs.claude.com/en/docs/about-claude/pricing
+    hour = 2 * plain if plain is not None and write is not None and lab == "anthropic" else None
+    return Price(plain, out, read, write, above_tokens, hour)
 
 
 def cost_nanousd(usage: Usage, price: Price) -> int | None:
@@ -9337,7 +9348,8 @@ def cost_nanousd(usage: Usage, price: Price) -> int | None:
     for count, rate in (
         (plain, price.input),
         (usage.cached_tokens, price.cache_read),
-        (usage.cache_write_tokens, price.cache_write),
+        (usage.cache_write_tokens - usage.cache_write_1h_tokens, price.cache_write),
+        (usage.cache_write_1h_tokens, price.cache_write_1h),
         (usage.output_tokens, price.output),
     ):
         if count < 0 or (count and rate is None):
@@ -9706,6 +9718,7 @@ class Rates:
     output: float | None = _limited(None, low=0)
     cache_read: float | None = _limited(None, low=0)
     cache_write: float | None = _limited(None, low=0)
+    cache_write_1h: float | None = _limited(None, low=0)
 
 
 @dataclass(slots=True)
@@ -9982,6 +9995,7 @@ class Loaded(NamedTuple):
         fatal: those of them without which nothing can be served.
         origins: where each value of the file stands, as `file:line`, by its dotted name.
         files: the files that it takes keys from.
+        wrong: of the problems, where each stands in the tree, and what is said.
     """
 
     config: Config
@@ -9990,6 +10004,7 @@ class Loaded(NamedTuple):
     fatal: list[str] = []  # noqa: RUF012  a NamedTuple's default, never changed
     origins: Mapping[str, str] = {}
     files: tuple[str, ...] = ()
+    wrong: tuple[tuple[tuple[str | int, ...], str], ...] = ()
 
 
 _KeyPath: TypeAlias = tuple[str | int, ...]  # where in the file: ("providers", "openai", "api_key")
@@ -10006,6 +10021,7 @@ def parse_config(
     Args:
         read_file: gives a key file's text, or raises OSError; None reads none.
     """
+    text = text.removeprefix("\ufeff")  # as Windows' editors begin a file
     try:
         raw = _parse_text(text, name)
     except (ValueError, RecursionError) as exc:
@@ -10029,7 +10045,8 @@ def parse_config(
     if not problems:
         _forget_broken(config, reader)
     origins = _Lazily(lambda: _Origins(where, raw))
-    return Loaded(config, problems, shown(reader.unset), shown(fatal), origins, reader.files)
+    unset, wrong = shown(reader.unset), tuple(reader.found)
+    return Loaded(config, problems, unset, shown(fatal), origins, reader.files, wrong)
 
 
 # Sections of which one entry may be out of order while the rest serves.
@@ -10090,9 +10107,19 @@ def _leaves(value: Json, path: _KeyPath) -> Iterator[tuple[_KeyPath, Json]]:
         yield here, one
 
 
+def _once(pairs: list[tuple[str, Json]]) -> JsonObject:
+    """A JSON object, no name of which may stand there twice, as in TOML."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = [show_json(name) for name, count in counts.items() if count > 1]
+        raise ValueError(f"given twice in one object: {', '.join(twice)}")
+    return found
+
+
 def _parse_text(text: str, name: str) -> JsonObject:
     if name.endswith(".json"):
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_once)
         if not isinstance(value, dict):
             raise ValueError(f"expected an object, got {show_json(value)}")
         return value
@@ -10505,15 +10532,20 @@ def _settings(
             re.split(r"[.\[]", at)
         )
         if ", from " in origin and secretive:
-            shown = f"[from {origin.partition(', from ')[2]}]"
+            host = "" if _ADDRESSES.isdisjoint(re.split(r"[.\[]", at)) else _host_of(value)
+            shown = f"{host}[from {origin.partition(', from ')[2]}]"
         yield Setting(at, shown, origin)
 
 
+def _host_of(value: Any) -> str:
+    """The part of an address that holds no key."""
+    found = re.match(r"(https?://)(?:[^/@]*@)?([\w.-]+(?::\d+)?)(?:/|$)", str(value))
+    return f"{found[1]}{found[2]}/" if found else ""
+
+
 # Where people put keys that are no Secret of ours: in addresses and in what is sent as it is.
-_MAY_HOLD_KEYS = frozenset(
-    {"api_base", "protocol_endpoints", "params", "extra_body", "extra_headers"}
-    | {"system_prompt", "templates", "proxy"}
-)
+_ADDRESSES = frozenset({"api_base", "protocol_endpoints", "proxy"})
+_MAY_HOLD_KEYS = _ADDRESSES | {"params", "extra_body", "extra_headers"}
 
 
 def expand(text: str, environ: Mapping[str, str]) -> tuple[str, list[str]]:
@@ -12200,7 +12232,7 @@ class Router:
         ident = provider.like
         facts = find_model(f"{_LAB_OF[ident]}/{model}" if ident in _LAB_OF else model)
         if facts is None or ident not in facts.carried:
-            return Price(0.0, 0.0, 0.0, 0.0) if provider.facts.kind == "local" else Price()
+            return FREE if provider.facts.kind == "local" else Price()
         return facts.carried[ident][1]
 
     def _echo_route(self, op: Operation) -> Route:
@@ -12208,9 +12240,9 @@ class Router:
             raise ProtocolUnsupported(
                 f"{ECHO_MODEL} answers on {', '.join(GENERATE_PATHS.values())}", param="model"
             )
-        none, free = Secret(""), Price(0.0, 0.0, 0.0, 0.0)
+        none = Secret("")
         protocol, timeouts = op.protocol, self.config.upstream.timeouts
-        target = Target("echo", "", "echo", protocol, "", none, {}, timeouts, free)
+        target = Target("echo", "", "echo", protocol, "", none, {}, timeouts, FREE)
         legs = (Leg(ECHO_MODEL, (target,), ("built in",)),)
         return Route(ECHO_MODEL, (target,), ("built in",), (), legs)
 
@@ -12320,11 +12352,13 @@ class Router:
         for name, virtual in self.config.models.items():
             ids = tuple(dict.fromkeys(provider_id(e.provider) for e in virtual.endpoints))
             listed[name] = Listed(name, tuple(ident for ident in ids if ident in self.active), None)
+            with suppress(BitrouterError):  # it may be one for embeddings
+                listed[name] = _as_its_targets(listed[name], self.resolve(name, CHAT_OP).chain)
         for name in self.config.presets:
             with suppress(BitrouterError):  # one that leads nowhere cannot be asked for
-                chain = self.resolve(f"@{name}", GENERATE[ApiProtocol.CHAT_COMPLETIONS]).chain
+                chain = self.resolve(f"@{name}", CHAT_OP).chain
                 ids = tuple(dict.fromkeys(target.provider for target in chain))
-                listed[f"@{name}"] = Listed(f"@{name}", ids, None)
+                listed[f"@{name}"] = _as_its_targets(Listed(f"@{name}", ids, None), chain)
         listed[ECHO_MODEL] = Listed(
             ECHO_MODEL, ("echo",), None, able=("tools", "structured_outputs", "reasoning")
         )
@@ -12473,10 +12507,31 @@ def _both_accents(provider: Compatibility, model: Compatibility) -> ChatCompatib
 
 def _declared_price(told: Pricing) -> Price:
     tiers = tuple(
-        (tier.above_input_tokens, Price(tier.input, tier.output, tier.cache_read, tier.cache_write))
+        (tier.above_input_tokens, _flat_price(tier))
         for tier in sorted(told.context_tiers, key=lambda tier: tier.above_input_tokens)
     )
-    return Price(told.input, told.output, told.cache_read, told.cache_write, tiers)
+    return _flat_price(told)._replace(tiers=tiers)
+
+
+def _flat_price(told: Rates) -> Price:
+    return Price(**{name: getattr(told, name) for name in RATES})
+
+
+def _as_its_targets(one: Listed, chain: tuple[Target, ...]) -> Listed:
+    """A name for several targets, with what all of them can do and the price of the first."""
+    able, contexts, outputs = set(CAPABILITIES), [], []
+    for target in chain:
+        facts = find_model(target.model)
+        known = target.able if target.able is not None else _abilities(facts) if facts else ()
+        able &= {*known}
+        contexts.append(target.context or (facts.context if facts else 0))
+        outputs.append(target.max_output or (facts.max_output if facts else 0))
+    return one._replace(
+        context=min(contexts, default=0),
+        max_output=min(outputs, default=0),
+        able=tuple(word for word in CAPABILITIES if word in able),
+        price=chain[0].price,
+    )
 
 
 def _abilities(model: Model) -> tuple[str, ...]:
@@ -14117,7 +14172,6 @@ _TZ_GATEWAY: dict[str, tuple[str, str]] = {
     "cache": ("warning", "there is no cache of answers"),
     "fetch_and_encode_input_files_before_inference": (
         "info", "media at URLs are fetched for providers that need the bytes"),
-    "global_outbound_http_intra_stream_read_timeout_ms": ("info", "see upstream.timeouts.idle_s"),
     "template_filesystem_access": ("info", "templates are copied into the presets"),
 }  # fmt: skip
 _TZ_PROVIDER_KEYS: dict[str, tuple[str, str]] = {
@@ -14127,7 +14181,6 @@ _TZ_PROVIDER_KEYS: dict[str, tuple[str, str]] = {
     "beta_structured_outputs": ("info", "structured outputs are native where there are any"),
     "content_type_overrides": ("warning", "not carried over"),
     "batch_cost": ("warning", "there are no batches"),
-    "region": ("info", "set AWS_REGION for another region than us-east-1"),
     "allow_auto_detect_region": ("info", "set AWS_REGION for another region than us-east-1"),
     "access_key_id": ("warning", "set AWS_BEARER_TOKEN_BEDROCK: requests are not signed"),
     "secret_access_key": ("warning", "set AWS_BEARER_TOKEN_BEDROCK: requests are not signed"),
@@ -14246,7 +14299,10 @@ class _Table:
         if kind is float and type(value) is int:
             value = float(value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            said = f"expected {JSON_TYPES.get(kind, 'another value')}, got {show_json(value)}"
+            got = show_json(value)
+            if re.search("header|key|credential|secret|token", key):
+                got = "something else"
+            said = f"expected {JSON_TYPES.get(kind, 'another value')}, got {got}"
             self.owner.note("warning", (*self.path, key), said)
             return default
         return value
@@ -14314,7 +14370,7 @@ class _Migrator:
         self._limits(top.table("rate_limiting"))
         top.end(_TZ_TOP)
         self._check()
-        text = self._written()
+        text = self._accepted()
         counts = {
             "providers": len(self._providers), "models": len(self._models),
             "presets": len(self._presets),
@@ -14374,6 +14430,9 @@ class _Migrator:
             said = "TensorZero's keys are stored as hashes: give callers new ones ([keys.NAME])"
             self.note("note", (*auth.path, "enabled"), said)
         auth.end({"cache": ("info", "keys are looked up in memory")})
+        between = table.take("global_outbound_http_intra_stream_read_timeout_ms", float, 0.0)
+        if between:
+            self._timeouts["idle_s"] = between / 1000
         total = table.take("global_outbound_http_timeout_ms", float, 0.0)
         if total:
             self._timeouts["total_s"] = total / 1000
@@ -14415,19 +14474,30 @@ class _Migrator:
         """Rules: one for everybody is the limit of the provider, if there is but one; the others
         are told."""
         enabled = table.take("enabled", bool, True)
-        for i, rule in enumerate(table.take("rules", list, [])):
+        rules = table.take("rules", list, [])
+        if rules and not enabled:
+            self.note("info", (*table.path, "rules"), "not enabled, so not carried over")
+        for i, given in enumerate(rules):
             path = (*table.path, f"rules[{i}]")
-            rule = as_object(rule)
+            rule = as_object(given)
+            odd = [k for k in rule if "_per_" not in k and k not in ("always", "priority", "scope")]
+            if odd or not isinstance(given, dict):
+                said = (
+                    f"TensorZero has no such key: {', '.join(odd)}" if odd else "expected a table"
+                )
+                self.note("unknown", path, said)
             scope = rule.get("scope") or []
             limits = {
                 ours: rule[theirs]
                 for theirs, ours in _TZ_LIMITS.items()
-                if enabled and not scope and type(rule.get(theirs)) is int
+                if enabled and not scope and type(rule.get(theirs)) is int and rule[theirs] > 0
             }
             used = self._providers_used()
             if len(used) == 1 and limits:
                 mine = self._providers.setdefault(used[0], {})
-                mine["rate_limits"] = {"*": {**mine.get("rate_limits", {}).get("*", {}), **limits}}
+                before = mine.get("rate_limits", {}).get("*", {})
+                least = {name: min(n, before.get(name, n)) for name, n in limits.items()}
+                mine["rate_limits"] = {"*": {**before, **least}}
                 self._reasons.setdefault(("providers", used[0]), self.where(table.path))
             told = [
                 key
@@ -14453,7 +14523,12 @@ class _Migrator:
         defaults = table.table("defaults")
         for key in ("api_key_location", "credential_location"):
             if key in defaults.left:
-                self._defaults[kind] = defaults.left.pop(key)
+                self._defaults[kind] = defaults.left[key]
+                if kind in _TZ_TYPES and _TZ_TYPES[kind].ours:  # for type::model, too
+                    given = self._key_of(defaults, key, "", none=False)
+                    self._providers.setdefault(_TZ_TYPES[kind].ours, {}).update(given)
+                    self._reasons["providers", _TZ_TYPES[kind].ours] = self.where(table.path)
+                defaults.left.pop(key, None)
         defaults.end()
         table.end({"sft": _THEIR_LOOP, "batch": ("warning", "there are no batches")})
 
@@ -14499,8 +14574,11 @@ class _Migrator:
         service = table.take(facts.model_key, str, "")
         if kind == "tgi":
             service = service or "tgi"
-        if not service and "endpoint_id" not in table.left:
-            self.note("warning", (*table.path, facts.model_key), "this key is required")
+        if not service:
+            said = "this key is required"
+            if "endpoint_id" in table.left:
+                said = "tuned endpoints of Vertex are not carried over"
+            self.note("warning", (*table.path, facts.model_key), said)
             return None
         provider = self._provider(model, name, kind, service, table)
         if provider is None:
@@ -14519,7 +14597,7 @@ class _Migrator:
             endpoint["params"] = params
         pricing = self._pricing(table)
         if pricing:
-            self._price(provider, service, pricing)
+            self._price(provider, service, pricing, (*table.path, "cost"))
         table.end(_TZ_PROVIDER_KEYS)
         return endpoint
 
@@ -14575,7 +14653,7 @@ class _Migrator:
         chosen = ours if plain else next(one for one in choices if one not in taken)
         self._identities[identity] = chosen
         if given:
-            self._providers[chosen] = given
+            self._providers.setdefault(chosen, {}).update(given)
             self._reasons["providers", chosen] = self.where(path)
         return chosen
 
@@ -14596,12 +14674,21 @@ class _Migrator:
         if kind == "azure":
             endpoint = table.left.pop("endpoint", "")
             source = self._source(endpoint, (*table.path, "endpoint"))
-            if source.startswith(("request:", "file:")):
+            if not source or source.startswith(("request:", "file:")):
                 said = "an endpoint is a URL or a variable here"
                 self.note("warning", (*table.path, "endpoint"), said)
                 return None
             where = f"{source.rstrip('/')}/openai/deployments/{quote(service)}"
-            base = f"{where}?{_TZ_AZURE_VERSION}" if source else ""
+            base = f"{where}?{_TZ_AZURE_VERSION}"
+        if kind == "aws_bedrock" and "region" in table.left:
+            source = self._source(table.left["region"], (*table.path, "region"))
+            region = source or str(table.left["region"])
+            if not re.fullmatch(r"[a-z0-9-]+|\$\{\w+\}", region):
+                said = "a region is a name, or env::NAME of a variable, here"
+                self.note("warning", (*table.path, "region"), said)
+                return None
+            del table.left["region"]
+            base = f"https://bedrock-mantle.{region}.api.aws/v1"
         if kind == "gcp_vertex_gemini":
             place, project = table.take("location", str, ""), table.take("project_id", str, "")
             if project and place:
@@ -14638,12 +14725,16 @@ class _Migrator:
                 for label, source in zip(("default", "fallback"), sources, strict=True)
                 if source
             ]
+            if not all(sources):
+                self.note("warning", path, _TZ_NO_PLACE)
             return {"accounts": accounts} if accounts else {}
         if location == "none":
             if not none:
                 self.note("warning", path, "a key is needed here")
             return {}
         source = self._source(location, path)
+        if not source and location != "sdk":
+            self.note("warning", path, _TZ_NO_PLACE)
         return {"api_key": source} if source else {}
 
     def _edits_of(self, table: _Table) -> JsonObject:
@@ -14714,11 +14805,15 @@ class _Migrator:
             return {}
         return rates
 
-    def _price(self, provider: str, service: str, pricing: JsonObject) -> None:
+    def _price(self, provider: str, service: str, pricing: JsonObject, path: _TzPath) -> None:
         given = self._providers.setdefault(provider, {})
         models = given.setdefault("models", [])
-        if not any(one["id"] == service for one in models):
+        before = next((one for one in models if one["id"] == service), None)
+        if before is None:
             models.append({"id": service, "pricing": pricing})
+        elif before["pricing"] != pricing:
+            said = f"another price than for {service} before, which holds for both"
+            self.note("warning", path, said)
 
     # Functions, and the presets that they become.
 
@@ -14734,6 +14829,9 @@ class _Migrator:
 
     def _function(self, name: str, table: _Table) -> None:
         kind = table.take("type", str, "chat")
+        if kind not in ("chat", "json"):
+            said = f"{show_json(kind)} is no type of function: taken as chat"
+            self.note("unknown", (*table.path, "type"), said)
         shared: JsonObject = {}
         tools = [str(tool) for tool in table.take("tools", list, [])]
         for tool in tools:
@@ -14757,6 +14855,9 @@ class _Migrator:
             weight = inner.left.pop("weight", None)
             if self._variant(name, variant, inner, kind, schema, shared):
                 variants[variant] = float(weight) if isinstance(weight, int | float) else 1.0
+        for missing in sorted({*(weights or ()), *fallbacks} - {*variants}):
+            said = f"{missing} is no variant that was carried over"
+            self.note("warning", (*table.path, "experimentation"), said)
         table.end(_TZ_FUNCTION_KEYS)
         self._preset_of(name, kind, table.path, variants, weights, fallbacks)
 
@@ -14787,9 +14888,8 @@ class _Migrator:
         }
         if later := [f"@{preset_name(f'{name}.{v}')}" for v in fallbacks if v in variants]:
             preset["fallbacks"] = later
-        self._presets[ours] = preset
-        self._reasons["presets", ours] = self.where(path)
-        self._edits[f"tensorzero::function_name::{name}"] = f"@{ours}"
+        if self._keep_preset(ours, preset, path):
+            self._edits[f"tensorzero::function_name::{name}"] = f"@{ours}"
 
     def _experiment(self, table: _Table) -> tuple[dict[str, float] | None, list[str]]:
         """The weights of a function's variants, None for equal ones, and its fallbacks."""
@@ -14853,9 +14953,16 @@ class _Migrator:
         })  # fmt: skip
         if not model:
             return False
-        ours = preset_name(f"{function}.{variant}")
-        self._presets[ours] = preset
-        self._reasons["presets", ours] = self.where(table.path)
+        return self._keep_preset(preset_name(f"{function}.{variant}"), preset, table.path)
+
+    def _keep_preset(self, name: str, preset: JsonObject, path: _TzPath) -> bool:
+        """Whether the name was free."""
+        if name in self._presets:
+            said = f"the preset @{name} is another's ({self._reasons['presets', name]}): left out"
+            self.note("warning", path, said)
+            return False
+        self._presets[name] = preset
+        self._reasons["presets", name] = self.where(path)
         return True
 
     def _model_id(self, name: str, path: _TzPath) -> str:
@@ -14863,8 +14970,10 @@ class _Migrator:
             return name
         ours, responses = shorthand(name)
         if ours and responses:
-            given = {"api_key": "${OPENAI_API_KEY}", "api_protocol": "responses"}
-            given["derives"] = "openai"
+            own = self._providers.get("openai", {})
+            key: JsonObject = {k: own[k] for k in ("api_key", "accounts") if k in own}
+            given: JsonObject = {"api_protocol": "responses", "derives": "openai"}
+            given.update(key or {"api_key": "${OPENAI_API_KEY}"})
             provider = self._named_provider("openai", "openai-responses", "openai", given, path)
             return f"{provider}:{ours.removeprefix('openai/')}"
         if ours:
@@ -14894,6 +15003,8 @@ class _Migrator:
         self, table: _Table, kind: str, schema: JsonObject | None, preset: JsonObject
     ) -> JsonObject:
         mode = table.take("json_mode", str, "strict" if kind == "json" else "")
+        if mode not in ("", "off", "on", "strict", "tool"):
+            self.note("unknown", (*table.path, "json_mode"), f"{show_json(mode)} is no such mode")
         if mode in ("strict", "tool") and (schema is not None or kind == "json"):
             told = {"name": "response", "strict": True, "schema": schema or {}}
             if mode == "tool":
@@ -14962,6 +15073,25 @@ class _Migrator:
             if "candidates" in self._presets[name]:
                 self._presets[name]["candidates"] = kept
 
+    def _accepted(self) -> str:
+        """The result without what our own configuration refuses, which is told."""
+        roots: JsonObject = {"server": self._server, "otel": self._otel}
+        roots |= {"upstream": {"timeouts": self._timeouts}, "providers": self._providers}
+        roots |= {"models": self._models, "presets": self._presets}
+        text = ""
+        for _ in range(20):  # what is left out may be missed elsewhere
+            text = self._written()
+            wrong = parse_config(text, {}).wrong
+            for path, said in reversed(wrong):
+                section, name = str(path[0]), str(path[1:2] and path[1])
+                reason = self._reasons.get((section, name), "") or f"the result's {section}"
+                shown = ".".join(str(part) for part in path)
+                self._notes.append(Note("warning", reason, f"left out: {shown}: {said}"))
+                _forget(roots, path)
+            if not wrong:
+                break
+        return text
+
     def _written(self) -> str:
         sections: list[tuple[_TzPath, JsonObject, str]] = []
         if self._server:
@@ -14983,10 +15113,23 @@ class _Migrator:
         return head + "".join(_toml_section(*section) for section in sections)
 
 
+def _forget(tree: Json, path: tuple[str | int, ...]) -> None:
+    """Remove what stands at a path, or what lacks it."""
+    above, last = tree, path[0]
+    for step in path:
+        with suppress(KeyError, IndexError, TypeError):
+            above, last, tree = tree, step, tree[step]
+            continue
+        break
+    with suppress(KeyError):
+        del above[last]
+
+
 # Where a credential or an endpoint comes from, as TensorZero says it and as we do.
 _TZ_SOURCES = {
     "env": "${{{}}}", "path": "file:{}", "path_from_env": "file:${{{}}}", "dynamic": "request:{}",
 }  # fmt: skip
+_TZ_NO_PLACE = "expected env::NAME, path::FILE, path_from_env::NAME or dynamic::NAME: it has no key"
 _TZ_COSTS = {
     "/prompt_tokens": "input", "/input_tokens": "input", "/completion_tokens": "output",
     "/output_tokens": "output", "/cached_tokens": "cache_read",
@@ -15018,7 +15161,11 @@ _RAW = "'" * 3  # around text of several lines that means itself
 
 
 def _toml_key(text: str) -> str:
-    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else _toml_value(text)
+    return text if re.fullmatch(r"[A-Za-z0-9_-]+", text) else _toml_text(text)
+
+
+def _toml_text(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _toml_value(value: Json) -> str:
@@ -15026,15 +15173,15 @@ def _toml_value(value: Json) -> str:
         plain = not re.search(r"[^\t\n\x20-\x7e\x80-\U0010ffff]|'{3}", value)
         if "\n" in value and plain and not value.endswith("'"):
             return f"{_RAW}\n{value}{_RAW}"
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return _toml_text(value)
     if isinstance(value, list):
         return "[" + ", ".join(_toml_value(one) for one in value if one is not None) + "]"
     if isinstance(value, dict):
         inner = (f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items() if v is not None)
         return "{" + ", ".join(inner) + "}"
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return f"{value:.1f}"
-    return json.dumps(value) if isinstance(value, bool | int | float) else json.dumps(str(value))
+    if isinstance(value, float):  # repr spells inf and nan as TOML does
+        return f"{value:.1f}" if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return json.dumps(value) if isinstance(value, bool | int) else json.dumps(str(value))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -15886,7 +16033,7 @@ def _tier(price: Price, used: Usage | None) -> Price:
 
 
 def _rates(price: Price) -> JsonObject:
-    return dict(zip(Price._fields[:4], price, strict=False))
+    return {name: getattr(price, name) for name in RATES}
 
 
 def _ms(seconds: float) -> float:
@@ -15902,8 +16049,8 @@ def iso_time(at: int) -> str:
 
 
 # Rows. Numbers come first: sums need not read past them. Times are whole microseconds. `tags` is
-# a JSON object; `price` a JSON array of dollars per million tokens: input, output, cache read and
-# cache write; `attempts` one of [provider, model, account, protocol, status, code, began, took].
+# a JSON object; `price` a JSON array of dollars per million tokens, in the order of RATES;
+# `attempts` one of [provider, model, account, protocol, status, code, began, took].
 
 _TEXTS = (
     *("provider", "model", "key", "session", "caller", "asked", "id"),
@@ -15955,10 +16102,10 @@ def receipt_of(row: Iterable[Any]) -> Receipt:
             Tried._make((*one[:4], "", 0, one[6] / 1e6, one[7] / 1e6, *one[4:6]))
             for one in json.loads(cells["attempts"])
         ),
-        usage=None if used[0] is None else Usage(*used),
+        usage=None if used[0] is None else Usage(*(count or 0 for count in used)),
         estimated=bool(cells["estimated"]),
         cost_nano=cells["cost_nano"],
-        price=Price(*json.loads(cells["price"])) if cells["price"] else None,
+        price=_price_of(cells["price"]) if cells["price"] else None,
         ttft=None if ttft is None else ttft / 1e6,
         took=cells["took_us"] / 1e6,
         upstream=cells["upstream_us"] / 1e6,
@@ -15978,6 +16125,10 @@ def _tags_text(tags: tuple[tuple[str, str], ...]) -> str:
 @functools.lru_cache(maxsize=1024)
 def _price_text(price: Price) -> str:
     return _JSON([*_rates(price).values()])
+
+
+def _price_of(text: str) -> Price:
+    return Price(**dict(zip(RATES, json.loads(text), strict=False)))
 
 
 def _tried_text(tried: Tried) -> str:
@@ -16239,8 +16390,8 @@ _USAGE_CSV = (
 _REQUESTS_CSV = (
     *("id", "time", "op", "caller", "key", "asked", "provider", "model", "account", "status"),
     *("code", "stream", "attempts", *Usage._fields, "estimated", "cost_usd", "cost_nano"),
-    *("price_input", "price_output", "price_cache_read", "price_cache_write", "ttft_ms", "took_ms"),
-    *("overhead_ms", "finish", "warnings", "session", "tags", "trace"),
+    *(f"price_{name}" for name in RATES),
+    *("ttft_ms", "took_ms", "overhead_ms", "finish", "warnings", "session", "tags", "trace"),
 )
 
 
@@ -16472,8 +16623,8 @@ class Metrics:
             _observe(cells.input, _TOKENS, usage.input_tokens)
             if usage.output_tokens:  # embeddings have none
                 _observe(cells.output, _TOKENS, usage.output_tokens)
-            for cell, count in zip(cells.counts, usage, strict=True):
-                cell[0] += count
+            for cell, count in zip(cells.counts, usage, strict=False):
+                cell[0] += count  # an hour in a cache is no type of its own
             cells.cost[0] += 1 if receipt.cost_nano is None else receipt.cost_nano
         if ttft is not None and not receipt.code:
             _observe(cells.to_first, _TO_FIRST, ttft)
@@ -18180,7 +18331,8 @@ function usage({ usage: u, price, cost_usd: cost }) {
   return shown([["Cost", money(cost)], ...(u ? [
     ["Input", at(u.input_tokens - u.cached_tokens - u.cache_write_tokens, p.input)],
     ["From cache", at(u.cached_tokens, p.cache_read)],
-    ["Into cache", at(u.cache_write_tokens, p.cache_write)],
+    ["Into cache", at(u.cache_write_tokens - u.cache_write_1h_tokens, p.cache_write)],
+    ["For an hour", at(u.cache_write_1h_tokens, p.cache_write_1h)],
     ["Output", at(u.output_tokens, p.output)],
     ["Reasoning", u.reasoning_tokens && `${full.format(u.reasoning_tokens)} of the output`],
     ["Usage", u.estimated ? "estimated" : "reported"]] : [["Usage", "unknown"]])]);
@@ -18543,6 +18695,7 @@ MIGRATIONS = (
         asked TEXT, id TEXT, op TEXT, account TEXT, code TEXT, finish TEXT, warnings TEXT,
         trace TEXT, tags TEXT, price TEXT, attempts TEXT)""",
     "CREATE INDEX receipts_at ON receipts (at)",
+    "ALTER TABLE receipts ADD COLUMN cache_write_1h_tokens INTEGER",
 )
 _BATCH_ROWS, _STATEMENT_ROWS = 1_000, 25
 _WAKE_ROWS = 250  # before they have gone cold
@@ -23969,8 +24122,7 @@ def _extras(one: Listed) -> JsonObject:
         extras["context_length"] = one.context or (facts.context if facts else 0)
     if one.max_output or (facts and facts.max_output):
         extras["max_output_tokens"] = one.max_output or (facts.max_output if facts else 0)
-    rates = {"input": price.input, "output": price.output}
-    rates |= {"cache_read": price.cache_read, "cache_write": price.cache_write}
+    rates = {name: getattr(price, name) for name in RATES}
     if known := {k: v for k, v in rates.items() if v is not None}:
         extras["pricing_usd_per_million"] = known
     if one.able:
@@ -24725,11 +24877,11 @@ def command_serve(args: argparse.Namespace) -> int:
     log.setLevel(writer.level)
     workers = config.server.workers
     if workers == 1:
-        return _serve_one(args.config, loaded, writer, 0)
+        return _serve_one(args.config, loaded, writer, 0, listen)
     if not hasattr(os, "fork") or not hasattr(socket, "SO_REUSEPORT"):
         raise ConfigError("server.workers: this system cannot share a port between processes")
     _check_free(config.server.listen)
-    return serve_many(workers, lambda n: _serve_one(args.config, loaded, writer, n))
+    return serve_many(workers, lambda n: _serve_one(args.config, loaded, writer, n, listen))
 
 
 def _log_level(args: argparse.Namespace) -> int:
@@ -24757,16 +24909,20 @@ def _check_free(listen: str) -> None:
         raise ConfigError(f"{said}; another server has it: choose another with --port") from None
 
 
-def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int) -> int:
-    """worker: 0 if this process is the only one."""
+def _serve_one(given: str, loaded: Loaded, writer: LogWriter, worker: int, listen: str) -> int:
+    """
+    Args:
+        worker: 0 if this process is the only one.
+        listen: where, if the command line says so.
+    """
     if worker:  # it may stand in for one that died: the file may be another by now
         with suppress(ConfigError):
-            listen, loaded = loaded.config.server.listen, _checked_config(given, os.environ)
-            loaded.config.server.listen = listen
+            at, loaded = loaded.config.server.listen, _checked_config(given, os.environ)
+            loaded.config.server.listen = at
     timeouts = loaded.config.upstream.timeouts
     shortest_s = min(timeouts.first_token_s, timeouts.idle_s, timeouts.total_s)
     app = App(loaded.config, os.environ, writer, tick_s=max(0.02, min(0.5, shortest_s / 4)))
-    reloader = _Reloader(app, given, loaded)
+    reloader = _Reloader(app, given, loaded, listen)
     app.reload, app.variables = reloader.reload, reloader.variables
     control = control_path(loaded.config.server.listen, os.environ, worker)
     with suppress(KeyboardInterrupt):
@@ -24798,8 +24954,10 @@ _AT_START = ("listen", "workers", "health_listen", "log_format")  # what no relo
 class _Reloader:
     """Reads the configuration anew. What is broken changes nothing."""
 
-    def __init__(self, app: App, given: str, loaded: Loaded) -> None:
+    def __init__(self, app: App, given: str, loaded: Loaded, listen: str) -> None:
+        """listen: where, if the command line says so: no file changes it."""
         self.files = loaded.files
+        self._listen = listen
         self._app = app
         self._given = given
         self._overlay: dict[str, str] = {}
@@ -24829,6 +24987,7 @@ class _Reloader:
             told: list[str] = []
             try:
                 loaded = await asyncio.to_thread(_checked_config, self._given, seen)
+                loaded.config.server.listen = self._listen or loaded.config.server.listen
                 for name in _AT_START:
                     if getattr(loaded.config.server, name) != getattr(before, name):
                         told += [f"server.{name} changes with the next start"] * bool(loaded.files)

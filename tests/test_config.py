@@ -63,7 +63,7 @@ provider_model_id = "llama"
 api_protocol = "anthropic"
 context = 131072
 max_output = 4096
-pricing = {input = 1, output = 2, cache_read = 0.5, cache_write = 0}
+pricing = {input = 1, output = 2, cache_read = 0.5, cache_write = 0, cache_write_1h = 4}
 
 [models.smart]
 strategy = "priority"
@@ -135,7 +135,7 @@ def test_a_provider_of_the_file_is_read_whole() -> None:
     [model] = mine.models
     assert (model.id, model.provider_model_id) == ("my-team/llama-3.1-8b", "llama")
     assert (model.context, model.max_output) == (131072, 4096)
-    rates = {"input": 1, "output": 2, "cache_read": 0.5, "cache_write": 0}
+    rates = {"input": 1, "output": 2, "cache_read": 0.5, "cache_write": 0, "cache_write_1h": 4}
     assert asdict(model.pricing) == {**rates, "context_tiers": ()}
     assert model.api_protocol.spoken("my-team/llama-3.1-8b") == (MESSAGES,)
 

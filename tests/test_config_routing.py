@@ -208,7 +208,7 @@ READ: list[tuple[Callable[[Config], Any], Any]] = [
     (lambda c: c.providers["base"].models[0].compatibility.chat_completions,
      bitrouter.ChatCompatibility(supports_stream_options=False)),
     (lambda c: c.providers["base"].models[0].pricing,
-     bitrouter.Pricing(3, 12, 1.5, 4, (ContextTier(6, 24, 2, None, 100),))),
+     bitrouter.Pricing(3, 12, 1.5, 4, None, (ContextTier(6, 24, 2, None, None, 100),))),
     (lambda c: c.providers["base"].models[0].params,        {"top_p": 0.25}),
     (lambda c: c.providers["base"].models[0].timeouts.idle_s, 8),
     (lambda c: c.providers["base"].models[0].retry,         Retry(max=1)),
@@ -1113,7 +1113,58 @@ def test_a_setting_from_a_variable_is_shown_unless_it_may_hold_a_key() -> None:
     shown = {one.key: one.value for one in bitrouter.settings_of(found)}
     assert HELD not in repr(shown)
     assert (shown["providers.m.class"], shown["presets.p.model"]) == ("gateway", "openai/gpt-4o")
-    assert shown["providers.m.api_base"] == "[from HOST]"
+    assert shown["providers.m.api_base"] == "http://h/[from HOST]"
+
+
+def test_a_prompt_from_a_variable_is_shown_as_it_is() -> None:
+    found = read("[presets.p]\nmodel = 'm'\nsystem_prompt = 'In ${TONGUE}.'", TONGUE="Welsh")
+    shown = {one.key: one.value for one in bitrouter.settings_of(found)}
+    assert shown["presets.p.system_prompt"] == "In Welsh."
+
+
+def test_a_name_that_stands_twice_in_a_json_file_is_a_problem() -> None:
+    text = '{"presets": {"p": {"model": "a"}, "q": {"model": "b"}, "p": {"model": "c"}}}'
+    found = bitrouter.parse_config(text, {}, "bitrouter.json")
+    assert found.problems == ['bitrouter.json: given twice in one object: "p"']
+
+
+@pytest.mark.parametrize("name", ["bitrouter.toml", "bitrouter.json"])
+def test_a_byte_order_mark_is_no_problem(name: str) -> None:
+    text = (
+        '{"presets": {"p": {"modle": "a"}}}'
+        if name.endswith("json")
+        else "[presets.p]\nmodle = 'a'"
+    )
+    [problem] = bitrouter.parse_config(f"\ufeff{text}", {}, name).problems
+    assert problem.startswith(f"{name}:") and "modle" in problem
+
+
+def test_virtual_models_and_presets_are_listed_with_what_their_targets_can_do() -> None:
+    own = """
+    [providers.one]
+    api_base = "http://127.0.0.1:1/v1"
+    api_key = "k"
+    [[providers.one.models]]
+    id = "m"
+    context = 900
+    capabilities = ["tools", "reasoning"]
+    pricing = {input = 1, output = 2}
+    [[providers.one.models]]
+    id = "n"
+    context = 500
+    capabilities = ["reasoning", "image_input"]
+    pricing = {input = 9, output = 9}
+    [models.both]
+    endpoints = [{provider = "one", service_id = "m"}, {provider = "one", service_id = "n"}]
+    [presets.first]
+    model = "one:m"
+    """
+    config = read(own).config
+    active, _ = bitrouter.active_providers(config, {})
+    listed = {one.id: one for one in bitrouter.Router(config, active).listing()}
+    both, first = listed["both"], listed["@first"]
+    assert (both.able, both.context, both.price.input) == (("reasoning",), 500, 1.0)
+    assert (first.able, first.context, first.price.input) == (("tools", "reasoning"), 900, 1.0)
 
 
 def test_a_number_in_a_wrong_place_is_shown_unless_it_may_be_a_key() -> None:

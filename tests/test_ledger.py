@@ -329,7 +329,18 @@ def test_tables_of_others_in_the_file_stay(path: Path) -> None:
 
 
 def test_a_file_of_an_older_version_is_renewed_and_keeps_its_receipts(path: Path) -> None:
-    filled(path, [receipt(id="old")], migrations=bitrouter.MIGRATIONS[:1])
+    filled(path, [], migrations=bitrouter.MIGRATIONS[:2])
+    db = sqlite3.connect(path)
+    with db:
+        db.execute(
+            "INSERT INTO receipts (at, status, took_us, upstream_us, provider, model, key, session,"
+            " caller, asked, id, op, account, code, finish, warnings, trace, attempts, price,"
+            " input_tokens, output_tokens, cached_tokens, cache_write_tokens, reasoning_tokens)"
+            " VALUES (?, 200, 1, 1, '', '', '', '', '', '', 'old', '', '', '', '', '', '', '[]',"
+            " '[1.0,2.0,0.5,4.0]', 9, 1, 0, 0, 0)",
+            [receipt().at],
+        )
+    db.close()
     ledger = filled(path, [receipt(id="new")])
     assert ids(requests(ledger)) == ["new", "old"]
     db = sqlite3.connect(path)
@@ -339,7 +350,7 @@ def test_a_file_of_an_older_version_is_renewed_and_keeps_its_receipts(path: Path
 
 
 def test_who_only_reads_renews_nothing(path: Path) -> None:
-    filled(path, [receipt()], migrations=bitrouter.MIGRATIONS[:1])
+    filled(path, [], migrations=bitrouter.MIGRATIONS[:1])
     with pytest.raises(bitrouter.LedgerError, match="older version: start the server"):
         usage(made(path)[0])
 
@@ -352,7 +363,7 @@ def test_a_file_of_a_newer_version_is_left_alone(path: Path) -> None:
     ledger.put(receipt())
     ledger.start()
     until(lambda: told)
-    assert "written by a newer bitrouter (its version is 3" in told[0]
+    assert "written by a newer bitrouter (its version is 4" in told[0]
     with pytest.raises(bitrouter.LedgerError, match="newer bitrouter"):
         usage(ledger)
     ledger.close()

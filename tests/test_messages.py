@@ -70,6 +70,18 @@ USAGES = [
     ({"input_tokens": 9, "cache_read_input_tokens": 100}, Usage(109, 0, 100)),
     ({"input_tokens": 9, "cache_creation_input_tokens": 50}, Usage(59, 0, 0, 50)),
     (
+        {
+            "input_tokens": 9,
+            "cache_creation_input_tokens": 50,
+            "cache_creation": {"ephemeral_5m_input_tokens": 20, "ephemeral_1h_input_tokens": 30},
+        },
+        Usage(59, 0, 0, 50, 0, 30),
+    ),
+    (
+        {"cache_creation_input_tokens": 5, "cache_creation": {"ephemeral_1h_input_tokens": 99}},
+        Usage(5, 0, 0, 5, 0, 5),
+    ),
+    (
         {"input_tokens": 1, "cache_read_input_tokens": 2, "cache_creation_input_tokens": 4},
         Usage(7, 0, 2, 4),
     ),

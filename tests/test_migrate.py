@@ -115,7 +115,7 @@ PROVIDERS: list[tuple[str, str, str, dict[str, Any]]] = [
       "compatibility": PLAIN_LIMIT}),
     ("tgi", f'api_base = "http://10.0.0.1/v1"\n{NO_KEY}', "p",
      {"api_base": "http://10.0.0.1/v1", "compatibility": PLAIN_LIMIT}),
-    ("aws_bedrock", 'model_id = "n"\nregion = "us-east-1"', "aws-bedrock", {}),
+    ("aws_bedrock", 'model_id = "n"\nallow_auto_detect_region = true', "aws-bedrock", {}),
     ("gcp_vertex_gemini", 'model_id = "n"\nlocation = "us-east5"\nproject_id = "pr"', "p",
      {"api_key": "${VERTEX_ACCESS_TOKEN}", "auth": "bearer", "api_protocol": "generate_content",
       "api_base": "https://us-east5-aiplatform.googleapis.com/v1/projects/pr/locations/us-east5/"
@@ -538,3 +538,83 @@ def test_a_limit_for_everybody_is_that_of_the_only_provider() -> None:
     two = text.replace("[rate_limiting]", f"{second}\n[rate_limiting]")
     moved = migrate_tensorzero([("t.toml", two)], lambda *_: "")
     assert not moved.is_clean and "rate_limits" not in moved.text
+
+
+# What cannot be carried over is told, and never stops the rest.
+
+REST = one_model("groq", NAMED).replace("models.m", "models.rest")
+
+REFUSED = [
+    # what one value is, where the file has it, and what is said of it
+    one_model("openai", f"{NAMED}\ntimeouts = {{non_streaming.total_ms = 3}}"),
+    one_model("openai", f"{NAMED}\ntimeouts = {{non_streaming.total_ms = inf}}"),
+    one_model("openai", f'{NAMED}\nextra_headers = [{{name = "host", value = "x"}}]'),
+    one_model("openai", f'{NAMED}\nextra_headers = [{{name = "a b", value = "x"}}]'),
+    one_model("openai", f'{NAMED}\napi_key_location = "OPENAI_API_KEY"'),
+    one_model("openai", f"{NAMED}\napi_key_location = 5"),
+    one_model("azure", 'deployment_id = "n"'),
+    one_model("azure", 'deployment_id = "n"\nendpoint = "x.openai.azure.com"'),
+    one_model("gcp_vertex_gemini", 'endpoint_id = "1"\nlocation = "l"\nproject_id = "p"'),
+    one_model("aws_bedrock", 'model_id = "n"\nregion = "dynamic::place"'),
+    '[gateway]\nbind_address = "nonsense"',
+    '[rate_limiting]\nrules = [{always = true, tokens_per_minute = 0}]',
+    '[rate_limiting]\nrules = [{always = true, tokens_per_minute = -3}]',
+    '[rate_limiting]\nrules = [5]',
+    function('temperature = "hot"'),
+    function("temperature = nan"),
+    function("retries = {num_retries = -1}"),
+    function('json_mode = "bogus"'),
+    '[functions.f]\ntype = "wat"\n' + function(),
+    function() + '\n[functions.f.experimentation]\ntype = "static"\nfallback_variants = ["w"]',
+    function() + "\n" + function().replace("functions.f.", 'functions."f.v".'),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_a_value_that_we_refuse_is_told_and_the_rest_is_carried_over(text: str) -> None:
+    migration = moved(f"{text}\n", REST)
+    assert not migration.is_clean
+    assert ours(migration)["models"]["rest"]["endpoints"]
+
+
+def test_a_region_of_bedrock_is_where_its_models_are_asked() -> None:
+    text = ""
+    for name, region in (("a", "eu-west-1"), ("b", "us-west-2"), ("c", "env::MY_REGION")):
+        more = f'model_id = "n"\nregion = "{region}"'
+        text += one_model("aws_bedrock", more).replace("models.m", f"models.{name}")
+    found = ours(moved(text))
+    bases = [
+        found["providers"][found["models"][name]["endpoints"][0]["provider"]]["api_base"]
+        for name in "abc"
+    ]
+    assert bases == [
+        f"https://bedrock-mantle.{region}.api.aws/v1"
+        for region in ("eu-west-1", "us-west-2", "${MY_REGION}")
+    ]
+
+
+def test_the_default_key_of_a_type_is_that_of_its_shorthands_too() -> None:
+    text = '[provider_types.openai.defaults]\napi_key_location = "env::MINE"\n' + function()
+    text += "\n"
+    text += function().replace("variants.v", "variants.w").replace("::m", "::responses::m")
+    found = ours(moved(text))
+    assert found["providers"]["openai"]["api_key"] == "${MINE}"
+    assert found["providers"]["openai-responses"]["api_key"] == "${MINE}"
+    assert found["presets"]["f.v"]["model"] == "openai/m"
+
+
+def test_of_two_limits_the_lower_one_counts() -> None:
+    rules = "{always = true, tokens_per_minute = 10}, {always = true, tokens_per_minute = 99}"
+    found = ours(moved(one_model("openai", NAMED), f"[rate_limiting]\nrules = [{rules}]"))
+    [provider] = found["providers"].values()
+    assert provider["rate_limits"]["*"] == {"tokens_per_minute": 10}
+
+
+def test_names_of_any_characters_stay_names() -> None:
+    text = one_model("openai", NAMED).replace("models.m", r'models."a\nb\u007f"')
+    assert list(ours(moved(text))["models"]) == ["a\nb\x7f"]
+
+
+def test_no_value_that_may_be_a_secret_is_printed() -> None:
+    text = '[gateway.export.otlp.traces]\nenabled = true\nextra_headers = "Bearer sk-hidden"'
+    assert "sk-hidden" not in repr(moved(text).notes)

@@ -154,6 +154,7 @@ def test_families_belong_to_known_providers() -> None:
 
 
 FLAT = Price(2.0, 8.0, 0.5, 2.5)
+HOURLY = FLAT._replace(cache_write_1h=4.0)
 TIERED = Price(1.0, 4.0, 0.1, None, ((100, Price(2.0, 6.0, 0.2)), (200, Price(3.0, 9.0, 0.3))))
 
 # fmt: off
@@ -163,6 +164,7 @@ COSTS = [
     (Usage(0, 1000),                          FLAT,   8_000_000),
     (Usage(1000, 0, 400),                     FLAT,   600 * 2000 + 400 * 500),
     (Usage(1000, 0, 400, 100),                FLAT,   500 * 2000 + 400 * 500 + 100 * 2500),
+    (Usage(1000, 0, 900, 100, 0, 70),         HOURLY, 900 * 500 + 30 * 2500 + 70 * 4000),
     (Usage(10, 7, reasoning_tokens=5),        FLAT,   10 * 2000 + 7 * 8000),
     (Usage(),                                 FLAT,   0),
     (Usage(11, 7),                            Price(0.15, 0.6), 11 * 150 + 7 * 600),
@@ -182,6 +184,7 @@ UNKNOWN = [
     (Usage(5, 0, 0, 3),                       Price(1.0, 2.0, 0.1)),
     (Usage(101, 1, 0, 1),                     TIERED),
     (Usage(5, 0, 9),                          FLAT),
+    (Usage(5, 0, 0, 3, 0, 1),                 FLAT),
 ]
 # fmt: on
 
@@ -210,3 +213,14 @@ def test_a_subscription_has_no_price_per_token() -> None:
     plans = {ident for ident, provider in PROVIDERS.items() if provider.kind == "plan"}
     theirs = [m.carried[ident][1] for m in catalogue().values() for ident in plans & set(m.carried)]
     assert theirs and set(theirs) == {Price()}
+
+
+def test_an_hour_in_claudes_cache_costs_twice_the_input_at_every_length() -> None:
+    price = bitrouter.find_model("claude-haiku-5.5").carried["anthropic"][1]  # type: ignore[union-attr]
+    tiers = [price, *(tier for _, tier in price.tiers)]
+    assert [tier.cache_write_1h for tier in tiers] == [0.2, 1.0]
+    assert all(
+        model.price.cache_write_1h is None
+        for model in bitrouter.catalogue().values()
+        if not model.id.startswith("anthropic/")
+    )

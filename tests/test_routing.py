@@ -216,7 +216,7 @@ def test_every_provider_takes_ids_that_nobody_knows(ident: str) -> None:
         assert (first.provider, first.model, first.price) == (
             ident,
             "what-ever-9",
-            Price(0.0, 0.0, 0.0, 0.0) if PROVIDERS[ident].kind == "local" else Price(),
+            bitrouter.FREE if PROVIDERS[ident].kind == "local" else Price(),
         )
 
 
@@ -275,7 +275,7 @@ def test_accounts_stand_side_by_side_in_the_chain() -> None:
 def test_echo_answers_by_its_name(op: Operation) -> None:
     [target] = router().resolve("echo/echo", op).chain
     assert (target.provider, target.model, target.protocol) == ("echo", "echo", op.protocol)
-    assert target.price == Price(0.0, 0.0, 0.0, 0.0)
+    assert target.price == bitrouter.FREE
 
 
 @pytest.mark.parametrize("model", ["echo", "echo:echo", "echo/other", "echo/echo/echo"])

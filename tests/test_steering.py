@@ -1791,6 +1791,18 @@ async def test_commands_without_a_server_say_so(server: Any) -> None:
             assert "bitrouter serve" in json.dumps(told) + words
 
 
+async def test_a_reload_says_what_the_next_start_changes_and_only_that(server: Any) -> None:
+    async with server() as s:
+        s.write("", listen="127.0.0.1:1")
+        await s.start("--port", str(s.port))
+        said = (await s.asked("POST", "/reload")).json()
+        assert (said["reloaded"], said["warnings"]) == (True, [])
+        s.write('log_format = "text"', listen="127.0.0.1:2")
+        said = (await s.asked("POST", "/reload")).json()
+        assert said["warnings"] == ["server.log_format changes with the next start"]
+        assert await s.stop() == 0
+
+
 async def test_a_socket_that_a_dead_server_left_is_taken_over(server: Any) -> None:
     async with server() as s:
         s.write("")
