@@ -15692,6 +15692,36 @@ class BridgedEncoder:
         return b"".join(out)
 
 
+class JoinedUsage:
+    """Puts the usage into the chunk that ends the answer, where TensorZero has it.
+
+    Attributes:
+        held: that chunk, as long as no usage has come.
+    """
+
+    def __init__(self) -> None:
+        self.held = b""
+        self._ended: JsonObject = {}
+
+    def feed(self, events: bytes) -> bytes:
+        """events: whole ones."""
+        return b"".join([self._join(raw) for raw in split_events(events)])
+
+    def _join(self, raw: bytes) -> bytes:
+        event = parse_event(raw)
+        if event is None:
+            return raw
+        value = object_in(event.data.decode()) or {}
+        choices, usage = as_list(value.get("choices")), value.get("usage")
+        before, self.held = self.held, b""
+        if before and usage and not choices:
+            return sse_encode(compact({**self._ended, "usage": usage}))
+        if not usage and any(dig(one, "finish_reason") for one in choices):
+            self.held, self._ended = raw, value
+            return before
+        return before + raw
+
+
 _NATIVE_FINISHES = {
     Finish.STOP: "stop", Finish.STOP_SEQUENCE: "stop_sequence", Finish.LENGTH: "length",
     Finish.CONTEXT_WINDOW: "length", Finish.TOOL_CALLS: "tool_call",
@@ -22170,6 +22200,8 @@ class _StreamSink:
         self._relay: StreamRelay | Translation = translation or StreamRelay(
             call.codec, hide_usage=call.asked_for_usage, as_array=call.as_array
         )
+        bridged = call.bridge is not None and not call.bridge.native
+        self._joined = JoinedUsage() if bridged and not call.hide_usage else None
         self._head: ResponseHead | None = None
         self._refused: list[bytes] | None = None  # the body of a response that is no stream
         self._refused_bytes = 0
@@ -22202,6 +22234,8 @@ class _StreamSink:
     def _pass_on(self, out: bytes) -> None:
         if self._relay.state.error:  # the provider's own words, and it may have put our key in them
             out = _without_key(self._target, out)
+        if self._joined:
+            out = self._joined.feed(out)
         if self._open:
             self._reply.write(out)
         elif self._relay.open:
@@ -22288,7 +22322,8 @@ class _StreamSink:
         if self.done.done():
             return
         if self._open:
-            self._reply.write(self._relay.fail(error))
+            held = self._joined.held if self._joined else b""
+            self._reply.write(held + self._relay.fail(error))
             self._finish(error)
         else:
             self._connection.detach()

@@ -14,6 +14,7 @@ from support import CHAT_ANSWER, CHAT_STREAM, MESSAGES_ANSWER, Reply, chat_chunk
 from bitrouter import (
     BadRequest,
     Bridge,
+    JoinedUsage,
     NotFound,
     bridge_of,
     filled_messages,
@@ -286,10 +287,43 @@ async def test_streams_do_too_in_every_event(world: Any, usage: bool) -> None:
             "tensorzero::function_name::plain::variant_name::v1"
         }
         assert len({(event["id"], event["episode_id"]) for event in events}) == 1
-        text = "".join(e["choices"][0]["delta"].get("content", "") for e in events if e["choices"])
+        text = "".join(e["choices"][0]["delta"].get("content", "") for e in events)
         assert text == "Hello!"
-        told = [event["usage"] for event in events if event.get("usage")]
-        assert [one["tensorzero_cost"] for one in told] == [2.5e-05] * usage
+        told = [event for event in events if event.get("usage")]
+        assert [one["usage"]["tensorzero_cost"] for one in told] == [2.5e-05] * usage
+        assert [one["choices"][0]["finish_reason"] for one in told] == ["stop"] * usage
+
+
+SAID = b'data: {"choices":[{"index":0,"delta":{"content":"x"},"finish_reason":null}]}\n\n'
+ENDED = b'data: {"choices":[{"index":0,"delta":{},"finish_reason":"stop"}]}\n\n'
+ALSO_ENDED = ENDED.replace(b'"index":0', b'"index":1')
+USED = b'data: {"choices":[],"usage":{"total_tokens":3}}\n\n'
+JOINED = ENDED.replace(b"]}\n", b'],"usage":{"total_tokens":3}}\n')
+DONE = b"data: [DONE]\n\n"
+
+ENDINGS = [
+    # what comes, what goes on, what is still held
+    ([SAID, ENDED, USED, DONE], [SAID, JOINED, DONE], b""),
+    ([SAID, ENDED, b": ping\n\n", USED, DONE], [SAID, b": ping\n\n", JOINED, DONE], b""),
+    ([SAID, ENDED, DONE], [SAID, ENDED, DONE], b""),
+    ([ENDED, ALSO_ENDED, USED, DONE],
+     [ENDED, JOINED.replace(b'"index":0', b'"index":1'), DONE], b""),
+    ([ENDED, SAID, DONE], [ENDED, SAID, DONE], b""),
+    ([JOINED, DONE], [JOINED, DONE], b""),
+    ([USED, DONE], [USED, DONE], b""),
+    ([SAID, ENDED], [SAID], ENDED),
+    ([ENDED, b'data: {"error":{}}\n\n'], [ENDED, b'data: {"error":{}}\n\n'], b""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("events", "wanted", "held"), ENDINGS)
+def test_usage_goes_into_the_chunk_that_ends_the_answer(
+    events: list[bytes], wanted: list[bytes], held: bytes
+) -> None:
+    for pieces in (events, [b"".join(events)]):
+        joined = JoinedUsage()
+        assert b"".join([joined.feed(piece) for piece in pieces]) == b"".join(wanted)
+        assert joined.held == held
 
 
 async def test_raw_parts_are_shown_to_those_who_want_them(world: Any) -> None:
