@@ -14637,7 +14637,15 @@ class _Migrator:
         if facts.limit:
             limit = {"token_limit_field": facts.limit}
             given["compatibility"] = {"chat_completions": limit}
-        return self._named_provider(model, name, ours, given, table.path)
+        chosen = self._named_provider(model, name, ours, given, table.path)
+        self._speak_as_there(kind, chosen)
+        return chosen
+
+    def _speak_as_there(self, kind: str, provider: str) -> None:
+        """Gemini is spoken to in its own protocol, as TensorZero does, not in OpenAI's."""
+        if kind == "google_ai_studio_gemini":
+            own = self._providers.setdefault(provider, {})
+            own.setdefault("api_protocol", "generate_content")
 
     def _named_provider(
         self, model: str, name: str, ours: str, given: JsonObject, path: _TzPath
@@ -14977,6 +14985,7 @@ class _Migrator:
             provider = self._named_provider("openai", "openai-responses", "openai", given, path)
             return f"{provider}:{ours.removeprefix('openai/')}"
         if ours:
+            self._speak_as_there(name.partition("::")[0], split_place(ours)[0])
             return ours
         self.note("warning", path, f"{show_json(name)} could not be carried over")
         return ""

@@ -94,7 +94,7 @@ PROVIDERS: list[tuple[str, str, str, dict[str, Any]]] = [
     ("anthropic", f'{NAMED}\napi_base = "https://a.example/v1/messages"', "p",
      {"api_key": "${ANTHROPIC_API_KEY}", "api_base": "https://a.example/v1",
       "api_protocol": "messages"}),
-    ("google_ai_studio_gemini", NAMED, "google", {}),
+    ("google_ai_studio_gemini", NAMED, "google", {"api_protocol": "generate_content"}),
     ("azure", 'deployment_id = "n"\nendpoint = "https://x.openai.azure.com/"', "p",
      {"api_key": "${AZURE_API_KEY}", "api_base": f"https://x.openai.azure.com/{DEPLOYMENT}",
       **AZURE}),
