@@ -11187,8 +11187,13 @@ _KIND_OF_CLASS = {
 
 
 def with_limits(timeouts: Timeouts, some: SomeTimeouts) -> Timeouts:
+    if some == _NO_TIMEOUTS:
+        return timeouts
     limits = {k: v for k in _specs(SomeTimeouts) if (v := getattr(some, k)) is not None}
-    return replace(timeouts, **limits) if limits else timeouts
+    return replace(timeouts, **limits)
+
+
+_NO_TIMEOUTS = SomeTimeouts()
 
 
 def _lowered(headers: Mapping[str, str]) -> Headers:
@@ -12510,11 +12515,12 @@ def _declared_price(told: Pricing) -> Price:
         (tier.above_input_tokens, _flat_price(tier))
         for tier in sorted(told.context_tiers, key=lambda tier: tier.above_input_tokens)
     )
-    return _flat_price(told)._replace(tiers=tiers)
+    return _flat_price(told, tiers)
 
 
-def _flat_price(told: Rates) -> Price:
-    return Price(**{name: getattr(told, name) for name in RATES})
+def _flat_price(told: Rates, tiers: tuple[tuple[int, Price], ...] = ()) -> Price:
+    input_, output, read, write = told.input, told.output, told.cache_read, told.cache_write
+    return Price(input_, output, read, write, tiers, told.cache_write_1h)
 
 
 def _as_its_targets(one: Listed, chain: tuple[Target, ...]) -> Listed:
